@@ -1,0 +1,32 @@
+"""Reading of the reference vectors in ``tests/data/golden`` and the parity rule they are held to."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+GOLDEN_DIR = Path(__file__).parent / "data" / "golden"
+
+
+def load_golden(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return the JSON description and the tensors of one golden file (no tensors: an empty dict)."""
+    description = json.loads((GOLDEN_DIR / f"{name}.json").read_text())
+    tensors = GOLDEN_DIR / f"{name}.safetensors"
+    return description, load_file(tensors) if tensors.exists() else {}
+
+
+def max_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference, after a check that the shapes agree."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} != {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return 0.0
+    return (actual.detach().double() - expected.detach().double()).abs().max().item()
+
+
+def assert_parity(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> float:
+    """Assert ``|difference| <= tolerance * max(1, max|expected|)`` and return the difference."""
+    difference = max_difference(actual, expected)
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    assert difference <= tolerance * scale, f"differs by {difference:.3e}, bar {tolerance * scale:.3e}"
+    return difference
