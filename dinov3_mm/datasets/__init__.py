@@ -1,0 +1,36 @@
+"""Images for pretraining: sources, multi-crop augmentation, masking, and the data loader."""
+
+from dinov3_mm.datasets.collate import MultiCropCollate
+from dinov3_mm.datasets.loader import PretrainDataLoader, build_pretrain_dataloader
+from dinov3_mm.datasets.masking import MaskPlanner, block_mask
+from dinov3_mm.datasets.multi_crop_dataset import MultiCropDataset
+from dinov3_mm.datasets.randomness import Permutation, sample_generator, torch_seed
+from dinov3_mm.datasets.samplers import BatchLayout, PositionBatchSampler
+from dinov3_mm.datasets.sources import (
+    BrokenImageError,
+    ImageFolder,
+    ImageList,
+    ImageSource,
+    MMDatasetSource,
+)
+from dinov3_mm.datasets.transforms import MultiCrop
+
+__all__ = [
+    "BatchLayout",
+    "BrokenImageError",
+    "ImageFolder",
+    "ImageList",
+    "ImageSource",
+    "MMDatasetSource",
+    "MaskPlanner",
+    "MultiCrop",
+    "MultiCropCollate",
+    "MultiCropDataset",
+    "Permutation",
+    "PositionBatchSampler",
+    "PretrainDataLoader",
+    "block_mask",
+    "build_pretrain_dataloader",
+    "sample_generator",
+    "torch_seed",
+]

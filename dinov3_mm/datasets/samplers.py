@@ -32,8 +32,8 @@ class BatchLayout:
             step = world_size * accumulate
             nearest = max(step, round(global_batch_size / step) * step)
             raise ValueError(
-                f"global_batch_size={global_batch_size} is not divisible by world_size * accumulate "
-                f"= {world_size} * {accumulate} = {step}; use e.g. global_batch_size={nearest}"
+                f"global_batch_size={global_batch_size} is not divisible by world_size * "
+                f"accumulate = {world_size} * {accumulate} = {step}; use e.g. {nearest}"
             )
         self.global_batch_size = global_batch_size
         self.world_size = world_size

@@ -1,0 +1,107 @@
+"""Samples of one rank and micro batch to the tensors of a training step."""
+
+import numpy as np
+import torch
+
+from dinov3_mm.datasets.masking import MaskPlanner
+
+
+class MultiCropCollate:
+    """Stacks crops crop-major and adds the patch masks of the global crops.
+
+    Iteration and row range follow from the sample positions, so the collate function needs no
+    counter and gives the same batch in any worker.
+
+    Args:
+        global_size (int): Side of the global crops in pixels.
+        patch_size (int): Side of a patch in pixels.
+        mask_probability (float): Share of global crops that get a mask.
+        mask_ratio (tuple[float, float]): Smallest and largest share of hidden patches.
+        random_shift (bool): Roll masks by random offsets.
+        mask_scope (str): ``'global'`` or ``'rank'``, see
+            :class:`~dinov3_mm.datasets.masking.MaskPlanner`.
+        seed (int): Seed of the run.
+        global_batch_size (int): Images per optimizer step over all ranks.
+        accumulate (int): Micro batches per optimizer step.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        global_size: int,
+        patch_size: int,
+        *,
+        mask_probability: float = 0.5,
+        mask_ratio: tuple[float, float] = (0.1, 0.5),
+        random_shift: bool = False,
+        mask_scope: str = "global",
+        seed: int = 0,
+        global_batch_size: int,
+        accumulate: int = 1,
+    ) -> None:
+        self.planner = MaskPlanner(
+            global_size,
+            patch_size,
+            probability=mask_probability,
+            ratio=mask_ratio,
+            random_shift=random_shift,
+            scope=mask_scope,
+        )
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = global_batch_size // accumulate
+
+    def __call__(self, samples: list[dict]) -> dict:
+        """Collate the ``B`` samples of consecutive positions within one micro batch.
+
+        Returns:
+            dict: ``global_crops (2B, C, S, S)``, ``local_crops (L*B, C, s, s)`` and, if the samples
+            have them, ``gram_crops (2B, C, Sg, Sg)``, all with crop ``c`` of sample ``b`` in row
+            ``c * B + b``; ``masks (2B, N)`` bool; ``mask_indices (M,)`` int64 into the flattened
+            masks; ``masks_weight (M,)`` float32, one over the number of hidden patches of the row;
+            ``num_masked (1,)`` int64; ``positions (B,)`` int64; ``iteration`` int; ``broken``, the
+            list of messages about unreadable images.
+
+        Raises:
+            ValueError: If the positions are not consecutive or leave the micro batch.
+        """
+        positions = np.array([sample["position"] for sample in samples], np.int64)
+        micro_iteration, first = divmod(int(positions[0]), self.micro_batch_size)
+        count = len(samples)
+        if (np.diff(positions) != 1).any() or first + count > self.micro_batch_size:
+            raise ValueError(
+                "a batch must hold consecutive positions of one micro batch of "
+                f"{self.micro_batch_size}, got {positions.tolist()}"
+            )
+        masks = self.planner(self.seed, micro_iteration, first, count, self.micro_batch_size)
+        batch = {
+            key: stack_crops([sample[key] for sample in samples])
+            for key in ("global_crops", "local_crops", "gram_crops")
+            if key in samples[0]
+        }
+        batch.update(mask_tensors(masks))
+        batch["positions"] = torch.from_numpy(positions)
+        batch["iteration"] = int(positions[0]) // self.global_batch_size
+        batch["broken"] = [message for sample in samples for message in sample["broken"]]
+        return batch
+
+
+def stack_crops(crops: list[list[np.ndarray]]) -> torch.Tensor:
+    """``B`` lists of ``G`` crops ``(C, S, S)`` to one ``(G * B, C, S, S)`` tensor, crop-major."""
+    num_crops = len(crops[0])
+    return torch.from_numpy(np.stack([item[crop] for crop in range(num_crops) for item in crops]))
+
+
+def mask_tensors(masks: np.ndarray) -> dict[str, torch.Tensor]:
+    """``masks (R, N)`` bool to the tensors by which the iBOT loss finds the hidden patches."""
+    counts = masks.sum(axis=1)
+    indices = np.flatnonzero(masks)
+    weights = (1 / counts.clip(min=1)).astype(np.float32)[indices // masks.shape[1]]
+    return {
+        "masks": torch.from_numpy(masks),
+        "mask_indices": torch.from_numpy(indices),
+        "masks_weight": torch.from_numpy(weights),
+        "num_masked": torch.tensor([indices.size]),
+    }

@@ -1,0 +1,83 @@
+"""From a global sample position to the augmented crops of one image."""
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from dinov3_mm.datasets.randomness import Permutation, sample_generator
+from dinov3_mm.datasets.sources import BrokenImageError, ImageSource
+from dinov3_mm.datasets.transforms import MultiCrop
+
+_MAX_REPLACEMENTS = 50
+
+
+class MultiCropDataset(Dataset):
+    """Crops as a function of the sample position alone.
+
+    Position ``p`` shows image ``perm_e(p mod n)`` of epoch ``e = p // n``, augmented with the
+    generator of ``p``. An unreadable image is replaced by one drawn from another generator of
+    ``p``, so that every process that asks for ``p`` gets the same replacement.
+
+    Args:
+        source (ImageSource): The images.
+        transform (MultiCrop): ``transform(image, rng) -> dict`` of crop lists.
+        seed (int): Seed of the run.
+
+    Raises:
+        ValueError: If the source is empty.
+    """
+
+    def __init__(self, source: ImageSource, transform: MultiCrop, seed: int = 0) -> None:
+        if not len(source):
+            raise ValueError(f"{type(source).__name__} holds no images")
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self._permutations: dict[int, Permutation] = {}
+
+    def __len__(self) -> int:
+        """Images per epoch; positions may go on past it."""
+        return len(self.source)
+
+    def source_index(self, position: int) -> int:
+        """Index in the source of the image that belongs to a position."""
+        epoch, index = divmod(position, len(self.source))
+        if epoch not in self._permutations:
+            # A batch spans two epochs at most, unless the source is smaller than the batch.
+            if len(self._permutations) > 8:
+                self._permutations.clear()
+            self._permutations[epoch] = Permutation(len(self.source), self.seed, epoch)
+        return self._permutations[epoch](index)
+
+    def __getitem__(self, position: int) -> dict:
+        """One sample.
+
+        Returns:
+            dict: What the transform returns, with ``position`` and ``broken``, the messages about
+            the images that could not be read for this position (usually none).
+
+        Raises:
+            RuntimeError: If no image could be read in many tries.
+        """
+        image, broken = self._load(position)
+        sample = self.transform(image, sample_generator(self.seed, "augment", position))
+        sample["position"] = position
+        sample["broken"] = broken
+        return sample
+
+    def _load(self, position: int) -> tuple[np.ndarray, list[str]]:
+        index = self.source_index(position)
+        broken: list[str] = []
+        replacement = None
+        while True:
+            try:
+                return self.source.load_image(index), broken
+            except BrokenImageError as error:
+                broken.append(str(error))
+                if len(broken) > _MAX_REPLACEMENTS:
+                    raise RuntimeError(
+                        f"{len(broken)} images in a row could not be read, the last one {error}; "
+                        "check that the files are there and are images"
+                    ) from error
+            if replacement is None:
+                replacement = sample_generator(self.seed, "replacement", position)
+            index = int(replacement.integers(len(self.source)))

@@ -1,0 +1,18 @@
+"""Where images come from."""
+
+from dinov3_mm.datasets.sources.base import FileSource, ImageSource
+from dinov3_mm.datasets.sources.decode import IMAGE_EXTENSIONS, BrokenImageError, read_image
+from dinov3_mm.datasets.sources.image_folder import ImageFolder
+from dinov3_mm.datasets.sources.image_list import ImageList
+from dinov3_mm.datasets.sources.mm_dataset import MMDatasetSource
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "BrokenImageError",
+    "FileSource",
+    "ImageFolder",
+    "ImageList",
+    "ImageSource",
+    "MMDatasetSource",
+    "read_image",
+]

@@ -1,0 +1,95 @@
+"""What an image source offers, and the compact list of paths behind the file-based ones."""
+
+import os
+from array import array
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from dinov3_mm.datasets.sources.decode import check_color, read_image, read_image_size
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Indexed images; anything with these methods can be trained on.
+
+    A source may also offer ``label(index) -> int`` with ``classes`` (names), and
+    ``probe_size(index) -> (height, width)`` that reads no pixels.
+    """
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def load_image(self, index: int) -> np.ndarray:
+        """``(H, W, C)`` uint8; raises BrokenImageError when the image cannot be read."""
+
+    def path(self, index: int) -> str:
+        """Name of the image for messages."""
+
+
+class PathIndex:
+    """Append-only list of paths in one byte buffer.
+
+    A Python list of a million strings costs every worker process a copy of its memory sooner or
+    later, because reading an element writes its reference count; here there are two buffers that
+    are only read.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._ends = array("Q")
+
+    def append(self, path: str) -> None:
+        """Add a path."""
+        self._bytes += os.fsencode(path)
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self._ends):
+            raise IndexError(f"index {index} is outside {len(self._ends)} paths")
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(bytes(self._bytes[start : self._ends[index]]))
+
+
+class FileSource:
+    """Base of the sources that read image files by path.
+
+    Args:
+        root (str): Folder that relative paths start from.
+        color (str): ``'rgb'`` or ``'gray'`` (one channel).
+
+    Attributes:
+        classes (tuple[str, ...]): Class names; empty without labels.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, root: str, color: str = "rgb") -> None:
+        self.root = os.path.expanduser(root)
+        self.color = check_color(color)
+        self._paths = PathIndex()
+        self._labels = array("q")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> str:
+        """Path of an image."""
+        return os.path.join(self.root, self._paths[index])
+
+    def load_image(self, index: int) -> np.ndarray:
+        """``(H, W, 3)`` or ``(H, W, 1)`` uint8 image; BrokenImageError if it cannot be read."""
+        return read_image(self.path(index), self.color)
+
+    def probe_size(self, index: int) -> tuple[int, int]:
+        """Height and width from the file header; BrokenImageError if it cannot be read."""
+        return read_image_size(self.path(index))
+
+    def label(self, index: int) -> int:
+        """Class of an image; ValueError if the source has no labels."""
+        if not self._labels:
+            raise ValueError(f"{type(self).__name__} of {self.root} has no labels")
+        return self._labels[index]

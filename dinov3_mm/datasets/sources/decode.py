@@ -1,0 +1,106 @@
+"""Image files to uint8 arrays, and one error for whatever can be wrong with a file."""
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+COLOR_MODES = ("rgb", "gray")
+
+_JPEG_START = b"\xff\xd8\xff"
+_JPEG_END = b"\xff\xd9"
+_JPEG_PADDING = 64
+_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class BrokenImageError(Exception):
+    """An image that cannot be read.
+
+    Args:
+        path (str): The file.
+        reason (str): What the reader said.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def read_image(path: str, color: str = "rgb") -> np.ndarray:
+    """Read a file as an ``(H, W, 3)`` (``'rgb'``) or ``(H, W, 1)`` (``'gray'``) uint8 array.
+
+    The EXIF orientation is ignored and alpha is dropped, as by ``PIL.Image.convert``; 16-bit
+    images keep their upper eight bits.
+
+    Raises:
+        BrokenImageError: If the file cannot be read or decoded completely.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BrokenImageError(str(path), error.strerror or str(error)) from error
+    return decode_image(data, str(path), color)
+
+
+def decode_image(data: bytes, path: str, color: str = "rgb") -> np.ndarray:
+    """Decode the bytes of an image file, see :func:`read_image`; ``path`` is for messages."""
+    # OpenCV decodes JPEG a third faster than PIL, to the same values, but fills up a truncated
+    # file with grey: only complete files take this way.
+    if data.startswith(_JPEG_START) and _JPEG_END in data[-_JPEG_PADDING:]:
+        image = _decode_jpeg(data, color)
+        if image is not None:
+            return image
+    try:
+        return _decode_pil(data, color)
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise BrokenImageError(path, f"{type(error).__name__}: {error}") from error
+
+
+def read_image_size(path: str) -> tuple[int, int]:
+    """Height and width from the header of an image file.
+
+    Raises:
+        BrokenImageError: If the header cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise BrokenImageError(str(path), f"{type(error).__name__}: {error}") from error
+
+
+def check_color(color: str) -> str:
+    """Return ``color`` if it is a known mode."""
+    if color not in COLOR_MODES:
+        raise ValueError(f"color must be one of {COLOR_MODES}, got {color!r}")
+    return color
+
+
+def _decode_jpeg(data: bytes, color: str) -> np.ndarray | None:
+    flag = cv2.IMREAD_COLOR if color == "rgb" else cv2.IMREAD_GRAYSCALE
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        return None
+    if image is None:
+        return None
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image) if color == "rgb" else image[..., None]
+
+
+def _decode_pil(data: bytes, color: str) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode in _SIXTEEN_BIT_MODES:
+            # PIL's own conversion would clip everything above 255 to white.
+            gray = (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+            return np.repeat(gray[..., None], 3 if color == "rgb" else 1, axis=2)
+        if image.mode == "F":
+            raise ValueError("32-bit float pixels have no defined 8-bit range")
+        pixels = np.array(image.convert("RGB" if color == "rgb" else "L"))
+    return pixels if color == "rgb" else pixels[..., None]

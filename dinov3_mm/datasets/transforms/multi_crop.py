@@ -1,0 +1,271 @@
+"""Multi-crop augmentation of DINOv3 pretraining."""
+
+import math
+
+import numpy as np
+from mmengine.registry import TRANSFORMS
+
+from dinov3_mm.datasets.transforms import pixel_ops
+from dinov3_mm.datasets.transforms.params import (
+    Box,
+    ColorJitter,
+    CropParams,
+    Distortion,
+    MultiCropParams,
+    Uniforms,
+    draw_resized_crop,
+)
+
+# Grid of the offsets of local crops that are cut from global crops; fixed in the reference.
+_OFFSET_GRID = 16
+RELEASED_BLUR = (0.0, 0.9, 0.5)
+PAPER_BLUR = (1.0, 0.1, 0.5)
+
+
+@TRANSFORMS.register_module()
+class MultiCrop:
+    """Two global crops, ``num_local`` local crops and, on request, two Gram-teacher crops.
+
+    Order of the operations on a crop: random resized crop, flip, colour jitter, grayscale, Gaussian
+    blur, and for the second global crop solarisation. For images that do not have three channels
+    the jitter changes brightness and contrast only and there is no grayscale.
+
+    Args:
+        global_size (int): Side of the global crops in pixels.
+        local_size (int): Side of the local crops in pixels.
+        num_local (int): Local crops per image.
+        gram_size (int | None): Side of the Gram-teacher crops, which show exactly the regions of
+            the global crops; None: no such crops.
+        gram_no_distortions (bool): True: the Gram-teacher crop is free of photometric distortions.
+            False: it is the distorted crop at another resolution; crops that this resamples are
+            float32 in the 0..255 scale, neither rounded nor clipped.
+        global_scale (tuple[float, float]): Share of the image area in a global crop.
+        local_scale (tuple[float, float]): Share of the image area in a local crop.
+        ratio (tuple[float, float]): Width over height of the regions.
+        horizontal_flip (bool): Mirror every second crop; False where orientation carries meaning.
+        jitter_prob (float): Probability of the colour jitter.
+        jitter (dict): Ranges, see :class:`~dinov3_mm.datasets.transforms.params.ColorJitter`.
+        grayscale_prob (float): Probability of dropping the colours.
+        blur_probs (tuple[float, float, float] | str): Probability of blur for the first global
+            crop, the second and the local crops. The default ``(0, 0.9, 0.5)`` is what the released
+            models were trained with; the paper's text and the released configs name
+            ``'paper'`` = ``(1, 0.1, 0.5)``, which the released code inverts.
+        blur_sigma (tuple[float, float]): Standard deviation in pixels, uniform.
+        blur_kernel (int): Side of the blur kernel, odd.
+        solarize_prob (float): Probability for the second global crop.
+        solarize_threshold (int): First inverted value.
+        share_color_jitter (bool): Draw jitter and grayscale once and apply them to the whole image
+            before cropping, so that all crops of an image share their colours.
+        local_from_global (bool): Cut the local crops as windows from the global crops, half of
+            them from each, instead of from the image.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        global_size: int = 224,
+        local_size: int = 96,
+        num_local: int = 8,
+        *,
+        gram_size: int | None = None,
+        gram_no_distortions: bool = False,
+        global_scale: tuple[float, float] = (0.32, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.32),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        horizontal_flip: bool = True,
+        jitter_prob: float = 0.8,
+        jitter: dict | None = None,
+        grayscale_prob: float = 0.2,
+        blur_probs: tuple[float, float, float] | str = RELEASED_BLUR,
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        blur_kernel: int = 9,
+        solarize_prob: float = 0.2,
+        solarize_threshold: int = 128,
+        share_color_jitter: bool = False,
+        local_from_global: bool = False,
+    ) -> None:
+        self.global_size = _positive("global_size", global_size)
+        self.local_size = _positive("local_size", local_size)
+        self.num_local = _positive("num_local", num_local)
+        self.gram_size = None if gram_size is None else _positive("gram_size", gram_size)
+        self.gram_no_distortions = gram_no_distortions
+        self.global_scale = _interval("global_scale", global_scale, upper=1.0)
+        self.local_scale = _interval("local_scale", local_scale, upper=1.0)
+        self.ratio = _interval("ratio", ratio, upper=math.inf)
+        self.flip_prob = 0.5 if horizontal_flip else 0.0
+        self.jitter_prob = _probability("jitter_prob", jitter_prob)
+        self.jitter = ColorJitter(**(jitter or {}))
+        self.grayscale_prob = _probability("grayscale_prob", grayscale_prob)
+        self.blur_probs = _blur_probs(blur_probs)
+        self.blur_sigma = _interval("blur_sigma", blur_sigma, upper=math.inf)
+        if blur_kernel < 1 or blur_kernel % 2 == 0:
+            raise ValueError(f"blur_kernel must be odd and positive, got {blur_kernel}")
+        self.blur_kernel = blur_kernel
+        self.solarize_prob = _probability("solarize_prob", solarize_prob)
+        self.solarize_threshold = solarize_threshold
+        self.share_color_jitter = share_color_jitter
+        self.local_from_global = local_from_global
+        if local_from_global:
+            self._check_windows()
+
+    @property
+    def base_size(self) -> int:
+        """Side of the global crops before the Gram-teacher crops branch off."""
+        return max(self.global_size, self.gram_size or 0)
+
+    def _check_windows(self) -> None:
+        if self.num_local % 2:
+            raise ValueError(
+                "local_from_global cuts half of the local crops from each global crop and needs an "
+                f"even num_local, got {self.num_local}"
+            )
+        if self.global_size - self.local_size < _OFFSET_GRID:
+            raise ValueError(
+                f"local_from_global needs global_size >= local_size + {_OFFSET_GRID}, got "
+                f"global_size={self.global_size} and local_size={self.local_size}"
+            )
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> MultiCropParams:
+        """Decide everything random for an image of ``height x width`` pixels."""
+        uniform = Uniforms(rng)
+        shared = self._draw_colors(uniform) if self.share_color_jitter else Distortion()
+        global_crops = [
+            CropParams(
+                draw_resized_crop(height, width, self.global_scale, self.ratio, uniform),
+                uniform() < self.flip_prob,
+                self._draw_distortion(uniform, self.blur_probs[index], solarize=index == 1),
+            )
+            for index in range(2)
+        ]
+        local_crops = []
+        for index in range(self.num_local):
+            if self.local_from_global:
+                base, flip = index // (self.num_local // 2), False
+                box = self._draw_window(uniform)
+            else:
+                base, flip = None, uniform() < self.flip_prob
+                box = draw_resized_crop(height, width, self.local_scale, self.ratio, uniform)
+            distortion = self._draw_distortion(uniform, self.blur_probs[2])
+            local_crops.append(CropParams(box, flip, distortion, base))
+        return MultiCropParams(global_crops, local_crops, shared)
+
+    def _draw_window(self, uniform: Uniforms) -> Box:
+        steps = (self.global_size - self.local_size) // _OFFSET_GRID
+        top, left = (_OFFSET_GRID * uniform.below(steps) for _ in range(2))
+        return Box(top, left, self.local_size, self.local_size)
+
+    def _draw_colors(self, uniform: Uniforms) -> Distortion:
+        jitter = self.jitter.draw(uniform) if uniform() < self.jitter_prob else ()
+        return Distortion(jitter=jitter, grayscale=uniform() < self.grayscale_prob)
+
+    def _draw_distortion(
+        self, uniform: Uniforms, blur_prob: float, solarize: bool = False
+    ) -> Distortion:
+        colors = Distortion() if self.share_color_jitter else self._draw_colors(uniform)
+        return Distortion(
+            jitter=colors.jitter,
+            grayscale=colors.grayscale,
+            blur_sigma=uniform.between(*self.blur_sigma) if uniform() < blur_prob else None,
+            solarize=solarize and uniform() < self.solarize_prob,
+        )
+
+    def apply(self, image: np.ndarray, params: MultiCropParams) -> dict[str, list[np.ndarray]]:
+        """Make the crops that ``params`` describe; see :meth:`__call__`."""
+        image = self._distort(image, params.shared)
+        bases = [self._base_crop(image, crop) for crop in params.global_crops]
+        sample: dict[str, list[np.ndarray]] = {"global_crops": [], "local_crops": []}
+        for base, crop in zip(bases, params.global_crops):
+            global_crop, gram_crop = self._global_and_gram(base, crop.distortion)
+            sample["global_crops"].append(pixel_ops.to_chw(global_crop))
+            if gram_crop is not None:
+                sample.setdefault("gram_crops", []).append(pixel_ops.to_chw(gram_crop))
+        for crop in params.local_crops:
+            local = self._local_crop(image, bases, crop)
+            sample["local_crops"].append(pixel_ops.to_chw(local))
+        return sample
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> dict[str, list[np.ndarray]]:
+        """Augment one image.
+
+        Args:
+            image (np.ndarray): ``(H, W, C)`` uint8, RGB when ``C = 3``.
+            rng (np.random.Generator): Source of every draw.
+
+        Returns:
+            dict: ``global_crops`` (2 arrays ``(C, S, S)``), ``local_crops`` (``num_local`` arrays
+            ``(C, s, s)``) and, with ``gram_size``, ``gram_crops`` (2 arrays ``(C, Sg, Sg)``);
+            uint8, or float32 as told under ``gram_no_distortions``.
+
+        Raises:
+            TypeError: If the image is not a three-dimensional uint8 array.
+        """
+        if image.ndim != 3 or image.dtype != np.uint8:
+            raise TypeError(
+                "MultiCrop needs a uint8 array of shape (height, width, channels), got "
+                f"{image.dtype} of shape {image.shape}"
+            )
+        return self.apply(image, self.draw(image.shape[0], image.shape[1], rng))
+
+    def _distort(self, image: np.ndarray, distortion: Distortion) -> np.ndarray:
+        return pixel_ops.distort(image, distortion, self.blur_kernel, self.solarize_threshold)
+
+    def _base_crop(self, image: np.ndarray, crop: CropParams) -> np.ndarray:
+        base = pixel_ops.crop_resize(image, crop.box, self.base_size)
+        return pixel_ops.flip(base) if crop.flip else base
+
+    def _global_and_gram(
+        self, base: np.ndarray, distortion: Distortion
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        whole = Box(0, 0, self.base_size, self.base_size)
+        if self.gram_size is None:
+            return self._distort(base, distortion), None
+        if self.gram_no_distortions:
+            small = pixel_ops.crop_resize(base, whole, self.global_size)
+            gram = pixel_ops.crop_resize(base, whole, self.gram_size)
+            return self._distort(small, distortion), gram
+        distorted = self._distort(base, distortion)
+        return tuple(
+            distorted if size == self.base_size else pixel_ops.resize_float(distorted, size)
+            for size in (self.global_size, self.gram_size)
+        )
+
+    def _local_crop(
+        self, image: np.ndarray, bases: list[np.ndarray], crop: CropParams
+    ) -> np.ndarray:
+        if crop.base is not None:
+            # The reference distorts the whole global crop, then cuts the window from it.
+            distorted = self._distort(bases[crop.base], crop.distortion)
+            return pixel_ops.crop_resize(distorted, crop.box, self.local_size)
+        local = pixel_ops.crop_resize(image, crop.box, self.local_size)
+        if crop.flip:
+            local = pixel_ops.flip(local)
+        return self._distort(local, crop.distortion)
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _probability(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return value
+
+
+def _interval(name: str, value: tuple[float, float], upper: float) -> tuple[float, float]:
+    low, high = value
+    if not 0 < low <= high <= upper:
+        raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= {upper}, got {value}")
+    return low, high
+
+
+def _blur_probs(value: tuple[float, float, float] | str) -> tuple[float, ...]:
+    if value == "paper":
+        return PAPER_BLUR
+    if isinstance(value, str) or len(value) != 3:
+        raise ValueError(f"blur_probs must be three probabilities or 'paper', got {value!r}")
+    return tuple(_probability("blur_probs", item) for item in value)
