@@ -1,5 +1,7 @@
 """Schedules, parameter groups and the optimizer wrapper of DINOv3 pretraining."""
 
+from .constructor import PretrainOptimConstructor
+from .param_groups import ParamMultipliers, build_param_groups, param_multipliers
 from .schedule_config import build_schedule, lr_scale, scale_lr_schedule
 from .schedules import (
     ConstantSchedule,
@@ -8,14 +10,20 @@ from .schedules import (
     Schedule,
     WarmupCosineSchedule,
 )
+from .wrapper import PretrainOptimWrapper
 
 __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "LinearSchedule",
+    "ParamMultipliers",
+    "PretrainOptimConstructor",
+    "PretrainOptimWrapper",
     "Schedule",
     "WarmupCosineSchedule",
+    "build_param_groups",
     "build_schedule",
     "lr_scale",
+    "param_multipliers",
     "scale_lr_schedule",
 ]

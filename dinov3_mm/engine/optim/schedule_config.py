@@ -1,10 +1,13 @@
 """Schedules from config dicts, and the rules that scale a learning rate with the batch size."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from numbers import Real
+
+from mmengine.registry import PARAM_SCHEDULERS
+
+from dinov3_mm.engine.config.suggest import hint
 
 from .schedules import (
     ConstantSchedule,
@@ -21,6 +24,10 @@ SCHEDULES = {
     "warmup_cosine": WarmupCosineSchedule,
 }
 
+# The config check looks every ``type`` up in MMEngine's registries.
+for _name, _schedule in SCHEDULES.items():
+    PARAM_SCHEDULERS.register_module(name=_name, module=_schedule)
+
 # The values of a schedule that a learning-rate rule multiplies. The rest (the cosine's final value,
 # the first value of a warm-up) are absolute in DINOv3's recipes.
 SCALED_FIELDS = {
@@ -36,18 +43,10 @@ SCALING_RULES = {
 }
 
 
-def _nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _schedule_type(cfg: Mapping) -> str:
     kind = cfg.get("type")
     if kind not in SCHEDULES:
-        raise ValueError(
-            f"unknown schedule type {kind!r}, known: {sorted(SCHEDULES)}"
-            f"{_nearest(str(kind), SCHEDULES)}"
-        )
+        raise ValueError(f"unknown schedule type {kind!r}: {hint(str(kind), SCHEDULES)}")
     return kind
 
 
@@ -79,10 +78,7 @@ def build_schedule(cfg: Schedule | Mapping | float, total_iters: int) -> Schedul
     known = {field.name: field for field in fields(SCHEDULES[kind])}
     for name in arguments:
         if name not in known:
-            raise ValueError(
-                f"schedule {kind!r} has no argument {name!r}, it takes {sorted(known)}"
-                f"{_nearest(name, known)}"
-            )
+            raise ValueError(f"schedule {kind!r} takes no argument {name!r}: {hint(name, known)}")
     if "total_iters" in known and arguments.get("total_iters") is None:
         arguments["total_iters"] = total_iters
     missing = [
@@ -108,10 +104,7 @@ def lr_scale(rule: str | None, global_batch_size: int) -> float:
     if rule is None:
         return 1.0
     if rule not in SCALING_RULES:
-        raise ValueError(
-            f"unknown scaling_rule {rule!r}, known: {sorted(SCALING_RULES)} or None"
-            f"{_nearest(str(rule), SCALING_RULES)}"
-        )
+        raise ValueError(f"unknown scaling_rule {rule!r}: {hint(str(rule), SCALING_RULES)}")
     return SCALING_RULES[rule](global_batch_size)
 
 

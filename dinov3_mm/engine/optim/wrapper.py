@@ -1,0 +1,89 @@
+"""Optimizer wrapper of pretraining: clips per sub-module and skips bad steps on the device."""
+
+from numbers import Real
+
+import torch
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+
+@OPTIM_WRAPPERS.register_module()
+class PretrainOptimWrapper(OptimWrapper):
+    """Steps the student without reading a value to the host.
+
+    The gradient of each sub-module (``submodule`` of the parameter groups) is clipped to
+    ``clip_grad`` on its own: the factor is ``min(1, clip_grad / (norm + 1e-6))``.
+
+    A step is skipped when a loss or a gradient norm is not finite: parameters and optimizer state
+    stay as they were. A non-finite loss sends NaN into its own backward pass, so that after the
+    gradients are reduced every rank sees it in the norms and all ranks skip together.
+
+    Args:
+        optimizer: A torch optimizer with a fused kernel, built with ``fused=True``, which can be
+            told on the device to leave everything as it is.
+        accumulative_counts: Micro batches per step; each loss counts ``1 / accumulative_counts``.
+        clip_grad: Largest gradient norm of a sub-module; ``None`` to clip nothing.
+
+    Attributes:
+        step_skipped: Whether the last step was skipped: a bool tensor on the parameters' device,
+            or ``None`` before the first step.
+        step_metrics: Of the last step, as device scalars: ``grad_norm/<submodule>`` before
+            clipping, and ``step_skipped``.
+
+    Raises:
+        TypeError: An optimizer that cannot skip on the device, or ``clip_grad`` not a number.
+        ValueError: ``clip_grad`` not positive.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, accumulative_counts: int = 1, clip_grad: float | None = None
+    ):
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise TypeError(
+                f"PretrainOptimWrapper skips bad steps on the device, which "
+                f"{type(optimizer).__name__} cannot do as built; use AdamW, Adam, SGD or Adagrad "
+                "with fused=True"
+            )
+        if clip_grad is not None and (not isinstance(clip_grad, Real) or clip_grad is True):
+            raise TypeError(f"clip_grad is a number or None, given {clip_grad!r}")
+        if clip_grad is not None and clip_grad <= 0:
+            raise ValueError(f"clip_grad must be positive or None, given {clip_grad}")
+        super().__init__(optimizer, accumulative_counts=accumulative_counts)
+        self.clip_grad = clip_grad
+        self.step_skipped: Tensor | None = None
+        self.step_metrics: dict[str, Tensor] = {}
+        self._params: dict[str, list[Tensor]] = {}
+        for group in optimizer.param_groups:
+            self._params.setdefault(group.get("submodule", "model"), []).extend(group["params"])
+
+    def backward(self, loss: Tensor, **kwargs) -> None:
+        """Back-propagate, from NaN instead of 1 when the loss is not finite."""
+        seed = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
+        super().backward(loss, gradient=seed, **kwargs)
+
+    def step(self, **kwargs) -> None:
+        """Clip, and step unless a gradient norm is not finite."""
+        norms = self._clip_gradients()
+        self.step_skipped = ~torch.stack(list(norms.values())).isfinite().all()
+        skipped = self.step_skipped.to(torch.float32)
+        self.optimizer.found_inf = skipped
+        self.optimizer.step(**kwargs)
+        del self.optimizer.found_inf
+        self.step_metrics = {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        self.step_metrics["step_skipped"] = skipped
+
+    @torch.no_grad()
+    def _clip_gradients(self) -> dict[str, Tensor]:
+        """Clip each sub-module and return its gradient norm from before."""
+        norms = {}
+        for name, params in self._params.items():
+            params = [param for param in params if param.grad is not None]
+            if not params:
+                continue
+            norms[name] = get_total_norm([param.grad for param in params])
+            if self.clip_grad is not None:
+                clip_grads_with_norm_(params, self.clip_grad, norms[name])
+        return norms
