@@ -1,0 +1,189 @@
+"""Check of a whole config before anything is built from it.
+
+MMEngine ignores a misspelt top-level key, and reports a misspelt argument only when the part that
+has it is built, which may be after minutes. Here every ``type=`` in the config is resolved and its
+arguments are compared with the signature.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+
+from mmengine import registry as registries
+from mmengine.registry import RUNNERS, Registry
+
+from dinov3_mm.datasets.samplers import BatchLayout
+from dinov3_mm.engine.config.defaults import DEFAULT_PATCH_SIZE, patch_size_of
+from dinov3_mm.engine.config.signature import accepted_keywords
+from dinov3_mm.engine.config.suggest import hint, nearest
+
+# Top-level keys that MMEngine reads beside the runner's own arguments.
+CONFIG_KEYS = frozenset({"runner_type", "custom_imports", "launcher", "env_cfg", "default_scope"})
+
+# A typo is nearer to its Runner key than this; a helper variable is not (train_data, model_dim).
+_TYPO_CUTOFF = 0.85
+
+# Keys that always hold a part of one registry. Other parts are looked for in all registries.
+_REGISTRY_OF_KEY: dict[str, Registry] = {
+    "backbone": registries.MODELS,
+    "custom_hooks": registries.HOOKS,
+    "data_preprocessor": registries.MODELS,
+    "default_hooks": registries.HOOKS,
+    "init_cfg": registries.WEIGHT_INITIALIZERS,
+    "model": registries.MODELS,
+    "optim_wrapper": registries.OPTIM_WRAPPERS,
+    "optimizer": registries.OPTIMIZERS,
+    "source": registries.DATASETS,
+    "strategy": registries.STRATEGIES,
+    "train_cfg": registries.LOOPS,
+    "transform": registries.TRANSFORMS,
+    "vis_backends": registries.VISBACKENDS,
+    "visualizer": registries.VISUALIZERS,
+}
+
+# Arguments that the builder of a registry reads before the part is called.
+_BUILDER_KEYS: dict[str, frozenset[str]] = {
+    registries.HOOKS.name: frozenset({"priority"}),
+    registries.OPTIM_WRAPPERS.name: frozenset({"constructor", "paramwise_cfg", "optimizer"}),
+    registries.PARAM_SCHEDULERS.name: frozenset({"convert_to_iter_based"}),
+}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be what its author meant; the message lists every finding."""
+
+
+def check_config(cfg: Mapping, *, world_size: int = 1) -> None:
+    """Check keys, types and arguments of a training config.
+
+    Args:
+        cfg (Mapping): The config; ``custom_imports`` must already be imported.
+        world_size (int): Number of processes that will train.
+
+    Raises:
+        ConfigError: With one line per finding: a top-level key that is nearly a Runner key, a
+            ``type`` that is in no registry, an argument that its ``type`` does not take, a global
+            batch that the processes and micro batches do not divide, two places that disagree.
+    """
+    findings = [*_check_top_level(cfg)]
+    if "global_batch_size" in (cfg.get("train_cfg") or {}):
+        findings += [*_check_batch(cfg, world_size), *_check_patch_size(cfg)]
+    for key, value in cfg.items():
+        findings += _check_value(value, key, _REGISTRY_OF_KEY.get(key))
+    if findings:
+        raise ConfigError("\n".join(findings))
+
+
+def runner_keys(cfg: Mapping) -> frozenset[str]:
+    """Top-level keys that the config's runner or MMEngine reads."""
+    runner = RUNNERS.get(cfg.get("runner_type", "Runner"))
+    if runner is None:
+        known = RUNNERS.module_dict
+        raise ConfigError(
+            f"runner_type: unknown runner {cfg['runner_type']!r}; {hint(cfg['runner_type'], known)}"
+        )
+    return frozenset(inspect.signature(runner).parameters) - {"cfg"} | CONFIG_KEYS
+
+
+def accepted_at(owner: Mapping, key: str | None) -> frozenset[str] | None:
+    """Arguments that may stand in the dict ``owner``, the value of ``key`` in its parent.
+
+    Returns:
+        frozenset[str] | None: The names; None when ``owner`` has no ``type`` or takes anything.
+    """
+    if "type" not in owner:
+        return None
+    found = _resolve(owner["type"], _REGISTRY_OF_KEY.get(key))
+    return None if found is None else _accepted(*found)
+
+
+def _check_top_level(cfg: Mapping) -> Iterator[str]:
+    known = runner_keys(cfg)
+    for key in cfg:
+        meant = None if key in known else nearest(key, known, cutoff=_TYPO_CUTOFF)
+        if meant is not None:
+            yield f"{key}: not a Runner key, did you mean {meant!r}? (a helper needs another name)"
+
+
+def _check_batch(cfg: Mapping, world_size: int) -> Iterator[str]:
+    train_cfg = cfg["train_cfg"]
+    accumulate = train_cfg.get("accumulate", 1)
+    try:
+        BatchLayout(train_cfg["global_batch_size"], world_size, accumulate)
+    except ValueError as error:
+        yield f"train_cfg: {error}"
+    counts = cfg["optim_wrapper"].get("accumulative_counts", 1)
+    if counts != accumulate:
+        yield (
+            f"optim_wrapper.accumulative_counts={counts}, but train_cfg.accumulate={accumulate}; "
+            "set the latter only"
+        )
+
+
+def _check_patch_size(cfg: Mapping) -> Iterator[str]:
+    masks = cfg["train_dataloader"].get("masking", {}).get("patch_size", DEFAULT_PATCH_SIZE)
+    if masks != patch_size_of(cfg):
+        yield (
+            f"train_dataloader.masking.patch_size={masks}, but the backbone's patch size is "
+            f"{patch_size_of(cfg)}; set the latter only"
+        )
+
+
+def _check_value(value: object, path: str, registry: Registry | None) -> Iterator[str]:
+    """Findings in ``value`` and everything inside it; ``registry`` is where its type should be."""
+    if isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _check_value(item, f"{path}.{index}", registry)
+    elif isinstance(value, Mapping):
+        if "type" in value:
+            yield from _check_part(value, path, registry)
+            registry = None
+        for key, item in value.items():
+            # A dict without type groups parts of one kind: default_hooks, val_evaluator ...
+            yield from _check_value(item, f"{path}.{key}", _REGISTRY_OF_KEY.get(key, registry))
+
+
+def _check_part(part: Mapping, path: str, registry: Registry | None) -> Iterator[str]:
+    found = _resolve(part["type"], registry)
+    if found is None:
+        known = set(_known_names(registry))
+        kind = "part" if registry is None else registry.name
+        yield f"{path}: no {kind} is called {part['type']!r}; {hint(str(part['type']), known)}"
+        return
+    accepted = _accepted(*found)
+    if accepted is not None:
+        for key in part.keys() - accepted:
+            yield f"{path}: {_name(found[0])} takes no argument {key!r}; {hint(key, accepted)}"
+    if "constructor" in part and found[1] is registries.OPTIM_WRAPPERS:
+        constructors = registries.OPTIM_WRAPPER_CONSTRUCTORS
+        yield from _check_part({"type": part["constructor"]}, f"{path}.constructor", constructors)
+
+
+def _resolve(name: object, registry: Registry | None) -> tuple[Callable, Registry | None] | None:
+    """The class or function behind a ``type`` and the registry it was found in."""
+    if not isinstance(name, str):
+        return (name, registry) if callable(name) else None
+    for candidate in _ALL_REGISTRIES if registry is None else (registry,):
+        target = candidate.get(name)
+        if target is not None:
+            return target, candidate
+    return None
+
+
+def _accepted(target: Callable, registry: Registry | None) -> frozenset[str] | None:
+    accepted = accepted_keywords(target)
+    if accepted is None:
+        return None
+    extra = _BUILDER_KEYS.get(registry.name, frozenset()) if registry is not None else frozenset()
+    return accepted | extra | {"type", "_scope_"}
+
+
+def _known_names(registry: Registry | None) -> Iterator[str]:
+    for candidate in _ALL_REGISTRIES if registry is None else (registry,):
+        yield from candidate.module_dict
+
+
+def _name(target: Callable) -> str:
+    return getattr(target, "__name__", str(target))
+
+
+_ALL_REGISTRIES = tuple(value for value in vars(registries).values() if isinstance(value, Registry))

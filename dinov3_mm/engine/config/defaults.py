@@ -1,0 +1,50 @@
+"""What a pretraining config need not say."""
+
+from collections.abc import Mapping
+
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_distributed
+
+DEFAULT_PATCH_SIZE = 16
+
+# MMEngine's default hooks read every metric to the host in each iteration, count epochs and shuffle
+# by epoch; ours take their slots. The slots are the names that FlexibleRunner knows.
+DEFAULT_HOOKS: dict[str, dict | None] = {
+    "runtime_info": None,
+    "timer": None,
+    "sampler_seed": None,
+    "param_scheduler": None,
+    "logger": {"type": "ProgressHook"},
+    "checkpoint": {"type": "PretrainCheckpointHook"},
+}
+
+
+def fill_defaults(cfg: Config) -> None:
+    """Complete a pretraining config in place: seed, default hooks, strategy, environment.
+
+    With several processes a ``PretrainStrategy`` becomes a ``PretrainDDPStrategy``.
+
+    Args:
+        cfg (Config): A config with ``runner_type='FlexibleRunner'``.
+    """
+    hooks = cfg.get("default_hooks") or {}
+    cfg.default_hooks = ConfigDict({**DEFAULT_HOOKS, **hooks})
+    cfg.env_cfg = cfg.get("env_cfg") or ConfigDict()
+    # FlexibleRunner would guess from Slurm's variables; the process group is there or it is not.
+    cfg.launcher = "pytorch" if is_distributed() else "none"
+    randomness = cfg.get("randomness") or {}
+    cfg.randomness = ConfigDict({**randomness, "seed": randomness.get("seed") or 0})
+    strategy = cfg.get("strategy") or ConfigDict(type="PretrainStrategy")
+    if is_distributed() and strategy["type"] == "PretrainStrategy":
+        strategy["type"] = "PretrainDDPStrategy"
+    cfg.strategy = strategy
+    accumulate = (cfg.get("train_cfg") or {}).get("accumulate", 1)
+    if accumulate != 1:
+        cfg.optim_wrapper.setdefault("accumulative_counts", accumulate)
+    masking = cfg.train_dataloader.setdefault("masking", ConfigDict())
+    masking.setdefault("patch_size", patch_size_of(cfg))
+
+
+def patch_size_of(cfg: Mapping) -> int:
+    """Patch size of the backbone that the config trains."""
+    return cfg["model"]["backbone"].get("patch_size", DEFAULT_PATCH_SIZE)

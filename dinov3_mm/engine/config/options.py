@@ -1,0 +1,90 @@
+"""``--cfg-options key.path=value``: parsed, checked against the config, then merged."""
+
+import ast
+from collections.abc import Mapping, Sequence
+
+from mmengine.config import Config, DictAction
+
+from dinov3_mm.engine.config.check import ConfigError, accepted_at, runner_keys
+from dinov3_mm.engine.config.suggest import hint
+
+
+def parse_options(options: Sequence[str]) -> dict[str, object]:
+    """Split ``KEY=VALUE`` words.
+
+    A value is a Python literal (``1e-4``, ``[1, 2]``, ``None``), ``true`` or ``false``, MMEngine's
+    ``a,b`` or ``[a,b]`` list of bare words, or else the text itself, spaces included.
+
+    Raises:
+        ConfigError: If a word has no ``=``.
+    """
+    parsed = {}
+    for option in options:
+        key, separator, text = option.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--cfg-options: expected KEY=VALUE, got {option!r}")
+        parsed[key] = _parse_value(text)
+    return parsed
+
+
+def apply_options(cfg: Config, options: Mapping[str, object]) -> None:
+    """Merge ``options`` into ``cfg`` in place.
+
+    A path must lead to a value that the config has, or be an argument of the ``type`` that the
+    config has there, or be a top-level Runner key.
+
+    Args:
+        cfg (Config): The config.
+        options (Mapping[str, object]): Dotted paths and values; a list element is named by its
+            index, ``custom_hooks.0.interval``.
+
+    Raises:
+        ConfigError: With one line per path that does not exist and the nearest name.
+    """
+    findings = [finding for path in options if (finding := _check_path(cfg, path)) is not None]
+    if findings:
+        raise ConfigError("\n".join(findings))
+    cfg.merge_from_dict(dict(options), allow_list_keys=True)
+
+
+def _parse_value(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        pass
+    if " " in text and not text.startswith(("[", "(")):
+        return text
+    return DictAction._parse_iterable(text)
+
+
+def _check_path(cfg: Config, path: str) -> str | None:
+    """A finding if ``path`` leads nowhere in the config."""
+    node: object = cfg
+    *parents, leaf = path.split(".")
+    owner_key = None
+    for depth, key in enumerate([*parents, leaf]):
+        known = _children(cfg, node, owner_key, is_leaf=depth == len(parents))
+        if known is not None and key not in known:
+            where = ".".join(parents[:depth]) or "the config"
+            return f"--cfg-options {path}: {where} has no {key!r}; {hint(key, known)}"
+        if depth < len(parents):
+            node = node[int(key)] if isinstance(node, (list, tuple)) else node[key]
+            owner_key = owner_key if key.isdigit() else key
+    return None
+
+
+def _children(cfg: Config, node: object, key: str | None, *, is_leaf: bool) -> set[str] | None:
+    """Names that may follow at ``node``; None when any may."""
+    if isinstance(node, (list, tuple)):
+        return {str(index) for index in range(len(node))}
+    if not isinstance(node, (Mapping, Config)):
+        return set()
+    names = set(node)
+    if not is_leaf:
+        return names
+    if node is cfg:
+        return names | runner_keys(cfg)
+    if "type" not in node:
+        return names
+    accepted = accepted_at(node, key)
+    return None if accepted is None else names | accepted

@@ -1,0 +1,138 @@
+"""Checkpoints of a pretraining run: written in time, pruned, and on request of a scheduler."""
+
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from mmengine.dist import all_reduce, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from dinov3_mm.checkpoints.io import atomic_write
+from dinov3_mm.engine.runner.files import checkpoint_path, list_checkpoints, remove_partial_files
+from dinov3_mm.engine.runner.retention import surplus
+
+from .export import export_teacher, remove_surplus_exports
+
+# Schedulers announce the end of an allocation with one of these.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# Processes agree on a stop this often (in steps); a signal reaches them at different times.
+AGREEMENT_INTERVAL = 10
+
+
+@HOOKS.register_module()
+class PretrainCheckpointHook(Hook):
+    """Saves ``checkpoints/iter_<n>.pth`` and, beside it, the teacher backbone for users.
+
+    A file gets its name only when it is complete, so a run that is killed at any moment resumes
+    from the last one. SIGTERM or SIGUSR1 saves at the end of the step and ends the run normally
+    (with several processes within ten steps); the same command with ``--resume`` goes on.
+
+    Args:
+        interval (int): Optimizer steps between checkpoints.
+        max_to_keep (int | None): Newest checkpoints and exports to keep; None keeps all.
+        keep_every (int | None): Iterations divisible by it are never deleted.
+        save_last (bool): Save after the last step whatever the interval.
+        export (bool): Export the teacher's backbone with every checkpoint.
+
+    Raises:
+        ValueError: If a number is not a positive integer, or ``keep_every`` is no multiple of
+            ``interval`` (there would be nothing to keep).
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(
+        self,
+        interval: int = 1000,
+        max_to_keep: int | None = 3,
+        keep_every: int | None = None,
+        save_last: bool = True,
+        export: bool = True,
+    ) -> None:
+        numbers = {"interval": interval, "max_to_keep": max_to_keep, "keep_every": keep_every}
+        for name, value in numbers.items():
+            optional = name != "interval" and value is None
+            if not optional and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if keep_every is not None and keep_every % interval:
+            raise ValueError(
+                f"keep_every={keep_every} must be a multiple of interval={interval}: only "
+                "checkpoints that are written can be kept"
+            )
+        self.interval = interval
+        self.max_to_keep = max_to_keep
+        self.keep_every = keep_every
+        self.save_last = save_last
+        self.export = export
+        self._signal: signal.Signals | None = None
+        self._previous_handlers: dict[signal.Signals, object] = {}
+
+    def before_run(self, runner) -> None:
+        """Remove what a killed run left half-written."""
+        if is_main_process():
+            for path in remove_partial_files(runner.work_dir):
+                runner.logger.warning(f"removed {path}, left half-written by a killed run")
+
+    def before_train(self, runner) -> None:
+        """Listen for the scheduler; only a main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handlers = {
+                number: signal.signal(number, self._remember_signal) for number in STOP_SIGNALS
+            }
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Save at the interval, after the last step and when the scheduler asks."""
+        done = runner.iter + 1
+        stops = self._must_stop(runner, done)
+        is_last = done == runner.max_iters
+        if stops or done % self.interval == 0 or (is_last and self.save_last):
+            self._save(runner, done)
+        if stops and not is_last:
+            runner.logger.warning(
+                f"stopped by a signal after iteration {done}; go on with --resume"
+            )
+            runner.train_loop.stop_training = True
+
+    def after_train(self, runner) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}
+
+    def _remember_signal(self, number: int, frame) -> None:
+        self._signal = signal.Signals(number)
+
+    def _must_stop(self, runner, done: int) -> bool:
+        """Whether any process was told to stop; all of them answer alike."""
+        if not runner.distributed:
+            return self._signal is not None
+        if done % AGREEMENT_INTERVAL:
+            return False
+        asked = torch.tensor(float(self._signal is not None))
+        all_reduce(asked, "max")
+        return bool(asked)
+
+    def _save(self, runner, done: int) -> None:
+        path = checkpoint_path(runner.work_dir, done)
+        layout = runner.train_loop.layout
+        runner.save_checkpoint(
+            str(path.parent),
+            path.name,
+            by_epoch=False,
+            meta={"global_batch_size": layout.global_batch_size, "accumulate": layout.accumulate},
+        )
+        if self.export:
+            export_teacher(runner, done)
+            remove_surplus_exports(runner.work_dir, self.max_to_keep, self.keep_every)
+        if is_main_process():
+            # MMEngine's own tools find the newest checkpoint by this file.
+            with atomic_write(Path(runner.work_dir) / "last_checkpoint") as partial:
+                partial.write_text(str(path))
+            for old in surplus(
+                list_checkpoints(runner.work_dir), self.max_to_keep, self.keep_every
+            ):
+                old.unlink()
+            runner.logger.info(f"saved {path}")

@@ -1,0 +1,96 @@
+"""The teacher's backbone as a file for users: safetensors plus JSON, nothing of the training."""
+
+import os
+import shutil
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+from dinov3_mm.checkpoints import export_backbone
+from dinov3_mm.checkpoints.io import atomic_write
+from dinov3_mm.engine.runner.files import export_path, latest_export_path, list_exports
+from dinov3_mm.engine.runner.retention import surplus
+from dinov3_mm.engine.strategy import library_versions
+
+
+@HOOKS.register_module()
+class ExportTeacherHook(Hook):
+    """Writes ``exports/iter_<n>_teacher.safetensors``, its ``.json``, and ``teacher_latest.*``.
+
+    The file holds the EMA teacher's backbone under the official key names and, as metadata, the
+    architecture, patch size, number of registers, image statistics and provenance (config,
+    iteration, seed, versions): ``build_backbone(FILE)`` needs nothing else.
+
+    ``PretrainCheckpointHook`` already exports with every checkpoint; register this hook for exports
+    at another interval.
+
+    Args:
+        interval (int): Optimizer steps between exports; the last step exports as well.
+        max_to_keep (int | None): Newest exports to keep. Defaults to None: all.
+
+    Raises:
+        ValueError: If a number is not a positive integer.
+    """
+
+    # After the teacher's update and the evaluations.
+    priority = "VERY_LOW"
+
+    def __init__(self, interval: int, max_to_keep: int | None = None) -> None:
+        for name, value in (("interval", interval), ("max_to_keep", max_to_keep)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        self.interval = interval
+        self.max_to_keep = max_to_keep
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Export at the interval and after the last step."""
+        if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
+            export_teacher(runner, runner.iter + 1)
+            remove_surplus_exports(runner.work_dir, self.max_to_keep)
+
+
+def export_teacher(runner, iteration: int) -> Path:
+    """Write the teacher backbone after ``iteration`` steps from the main process.
+
+    Returns:
+        Path: The ``.safetensors`` file.
+    """
+    path = export_path(runner.work_dir, iteration)
+    if is_main_process():
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        mean, std = model.data_preprocessor.statistics
+        provenance = {
+            "config": Path(runner.cfg.filename or "").name,
+            "experiment": runner.experiment_name,
+            "iteration": iteration,
+            "seed": runner.seed,
+            "versions": library_versions(),
+        }
+        metadata = {"statistics": {"mean": mean, "std": std}, "provenance": provenance}
+        export_backbone(model.teacher_backbone, path, metadata)
+        for suffix in (".json", ".safetensors"):
+            source = path.with_suffix(suffix)
+            _replace_by_copy(source, latest_export_path(runner.work_dir).with_suffix(suffix))
+    return path
+
+
+def remove_surplus_exports(
+    work_dir: str | Path, max_to_keep: int | None, keep_every: int | None = None
+) -> None:
+    """Delete old exports from the main process; ``teacher_latest`` always stays."""
+    if is_main_process():
+        for path in surplus(list_exports(work_dir), max_to_keep, keep_every):
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+
+
+def _replace_by_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``: a second name, or a copy where links fail."""
+    with atomic_write(target) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)

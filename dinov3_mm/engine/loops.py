@@ -1,0 +1,138 @@
+"""The training loop of self-supervised pretraining."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from mmengine.registry import LOOPS
+from mmengine.runner import BaseLoop
+from torch import Tensor
+
+from dinov3_mm.datasets import build_pretrain_dataloader
+from dinov3_mm.datasets.randomness import torch_seed
+from dinov3_mm.datasets.samplers import BatchLayout
+
+
+@LOOPS.register_module()
+class PretrainLoop(BaseLoop):
+    """Counts optimizer steps; one step is ``accumulate`` micro batches over all processes.
+
+    Data order, crops, masks and the model's own noise are functions of the seed and the position in
+    the run: a resumed loop starts its loader at the right position and seeds torch in each step, so
+    it repeats what an uninterrupted one would have done.
+
+    Hooks get ``outputs``, the mean over the micro batches of the step's metrics: detached tensors
+    on the device, which nobody should read in each step. They may add entries.
+
+    Args:
+        runner (FlexibleRunner): The runner.
+        dataloader (dict): Config for :func:`build_pretrain_dataloader`.
+        max_iters (int): Optimizer steps of the whole run.
+        global_batch_size (int): Images of one optimizer step, over all processes.
+        accumulate (int): Micro batches per step. Sinkhorn-Knopp and KoLeo see one micro batch.
+
+    Raises:
+        ValueError: If a count is not a positive integer or the batch cannot be divided.
+    """
+
+    def __init__(
+        self,
+        runner,
+        dataloader: dict,
+        *,
+        max_iters: int,
+        global_batch_size: int,
+        accumulate: int = 1,
+    ) -> None:
+        if not isinstance(max_iters, int) or max_iters < 1:
+            raise ValueError(f"max_iters must be an integer >= 1, got {max_iters!r}")
+        self.layout = BatchLayout(global_batch_size, runner.world_size, accumulate)
+        loader = build_pretrain_dataloader(
+            dataloader,
+            global_batch_size=global_batch_size,
+            accumulate=accumulate,
+            seed=runner.seed,
+            rank=runner.rank,
+            world_size=runner.world_size,
+            start_iter=0,
+            max_iters=max_iters,
+        )
+        super().__init__(runner, loader)
+        self._max_iters = max_iters
+        self._iter = 0
+        self._epoch = 0
+        self.stop_training = False
+        #: ``time.perf_counter()`` when the current step began to wait for data.
+        self.step_began = 0.0
+        #: Seconds that the current step waited for data.
+        self.data_seconds = 0.0
+
+    @property
+    def max_iters(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self._max_iters
+
+    @property
+    def max_epochs(self) -> int:
+        """FlexibleRunner asks for it; a pretraining run is one epoch."""
+        return 1
+
+    @property
+    def iter(self) -> int:
+        """Optimizer steps done."""
+        return self._iter
+
+    @property
+    def epoch(self) -> int:
+        """Always 0; see :attr:`max_epochs`."""
+        return self._epoch
+
+    def run(self):
+        """Train to ``max_iters`` or until a hook sets ``stop_training``; return the model."""
+        runner = self.runner
+        runner.call_hook("before_train")
+        runner.call_hook("before_train_epoch")
+        # The loader was built before the checkpoint was read, and the optimizer wrapper was told of
+        # optimizer steps, while it counts micro batches.
+        self.dataloader.batch_sampler.start_iter = self._iter
+        micro_batches = (count * self.layout.accumulate for count in (self._iter, self._max_iters))
+        runner.optim_wrapper.initialize_count_status(runner.model, *micro_batches)
+        batches = iter(self.dataloader)
+        while self._iter < self._max_iters and not self.stop_training:
+            self._run_step(batches)
+        runner.call_hook("after_train_epoch")
+        runner.call_hook("after_train")
+        return runner.model
+
+    def _run_step(self, batches: Iterator[dict]) -> None:
+        runner, index = self.runner, self._iter
+        runner.model.train()
+        self.step_began = time.perf_counter()
+        self.data_seconds = 0.0
+        batch = self._next_batch(batches)
+        runner.call_hook("before_train_iter", batch_idx=index, data_batch=batch)
+        self._seed_model_noise()
+        outputs = [runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)]
+        for _ in range(self.layout.accumulate - 1):
+            batch = self._next_batch(batches)
+            outputs.append(runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper))
+        metrics = {**_mean(outputs), **runner.optim_wrapper.step_metrics}
+        runner.call_hook("after_train_iter", batch_idx=index, data_batch=batch, outputs=metrics)
+        self._iter += 1
+
+    def _next_batch(self, batches: Iterator[dict]) -> dict:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.data_seconds += time.perf_counter() - began
+        return batch
+
+    def _seed_model_noise(self) -> None:
+        """Stochastic depth and RoPE augmentation: different per rank, the same after a resume."""
+        position = self.layout.first_position(0, 0, self.runner.rank)
+        torch.manual_seed(torch_seed(self.runner.seed, self._iter, position))
+
+
+def _mean(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(outputs) == 1:
+        return outputs[0]
+    return {name: torch.stack([each[name] for each in outputs]).mean(0) for name in outputs[0]}

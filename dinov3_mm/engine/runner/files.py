@@ -1,0 +1,67 @@
+"""Where a pretraining run keeps its files.
+
+::
+
+    work_dir/checkpoints/iter_00001000.pth          everything a resume needs
+    work_dir/exports/iter_00001000_teacher.safetensors + .json    the teacher backbone, for users
+    work_dir/exports/teacher_latest.safetensors + .json           the newest of them
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX
+
+_CHECKPOINT = re.compile(r"iter_(\d{8,})\.pth")
+_EXPORT = re.compile(r"iter_(\d{8,})_teacher\.safetensors")
+
+
+def checkpoint_path(work_dir: str | Path, iteration: int) -> Path:
+    """Checkpoint after ``iteration`` optimizer steps."""
+    return Path(work_dir) / "checkpoints" / f"iter_{iteration:08d}.pth"
+
+
+def export_path(work_dir: str | Path, iteration: int) -> Path:
+    """Teacher export after ``iteration`` optimizer steps."""
+    return Path(work_dir) / "exports" / f"iter_{iteration:08d}_teacher.safetensors"
+
+
+def latest_export_path(work_dir: str | Path) -> Path:
+    """Copy of the newest teacher export."""
+    return Path(work_dir) / "exports" / "teacher_latest.safetensors"
+
+
+def list_checkpoints(work_dir: str | Path) -> dict[int, Path]:
+    """Complete checkpoints by iteration, oldest first."""
+    return _numbered_files(Path(work_dir) / "checkpoints", _CHECKPOINT)
+
+
+def list_exports(work_dir: str | Path) -> dict[int, Path]:
+    """Teacher exports by iteration, oldest first."""
+    return _numbered_files(Path(work_dir) / "exports", _EXPORT)
+
+
+def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
+    """Newest checkpoint; a file gets its final name only when it is complete."""
+    return next(reversed(list_checkpoints(work_dir).values()), None)
+
+
+def remove_partial_files(work_dir: str | Path) -> list[Path]:
+    """Delete what killed processes left half-written, and return the paths."""
+    partial = list(_partial_files(Path(work_dir)))
+    for path in partial:
+        path.unlink()
+    return partial
+
+
+def _partial_files(work_dir: Path) -> Iterator[Path]:
+    for folder in ("checkpoints", "exports"):
+        yield from (work_dir / folder).glob(f".*{PARTIAL_SUFFIX}")
+
+
+def _numbered_files(folder: Path, pattern: re.Pattern) -> dict[int, Path]:
+    if not folder.is_dir():
+        return {}
+    found = ((pattern.fullmatch(path.name), path) for path in folder.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in found if match))

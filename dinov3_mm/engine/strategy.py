@@ -1,0 +1,163 @@
+"""FlexibleRunner strategies for pretraining: one process, or one per GPU (or CPU rank) with DDP."""
+
+import os
+import time
+from collections.abc import Callable
+
+import mmengine
+import torch
+from mmengine._strategy import DDPStrategy, SingleDeviceStrategy
+from mmengine.dist import is_main_process
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.registry import STRATEGIES
+from torch import nn
+
+import dinov3_mm
+from dinov3_mm.engine.runner.training_state import (
+    load_model_state,
+    read_training_state,
+    write_training_state,
+)
+
+
+@STRATEGIES.register_module()
+class PretrainStrategy(SingleDeviceStrategy):
+    """One process, on CUDA where there is a GPU and on the CPU elsewhere.
+
+    Checkpoints are those of :mod:`dinov3_mm.engine.runner.training_state`: complete or absent, and
+    read without unpickling.
+    """
+
+    @property
+    def unwrapped_model(self) -> nn.Module:
+        """The algorithm itself, without a distributed wrapper."""
+        return self.model.module if is_model_wrapper(self.model) else self.model
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        return model.to(training_device())
+
+    def load_checkpoint(
+        self, filename: str, *, callback: Callable[[dict], None] | None = None, **_
+    ) -> dict:
+        """Take the model weights of a training checkpoint as the start of a new stage.
+
+        A Gram teacher that the checkpoint lacks keeps its values; its hook fills it.
+
+        Args:
+            filename (str): Training checkpoint.
+            callback (Callable, optional): Called with the checkpoint's content.
+
+        Returns:
+            dict: The checkpoint.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it cannot be read safely or its tensors are not the model's.
+        """
+        self.logger.info(f"Load checkpoint from {filename}")
+        checkpoint = read_training_state(filename)
+        if callback is not None:
+            callback(checkpoint)
+        absent = load_model_state(self.unwrapped_model, checkpoint["state_dict"])
+        self.logger.info(f"loaded {len(checkpoint['state_dict'])} tensors, every key matched")
+        for name in absent:
+            self.logger.warning(f"{filename} has no {name}: it keeps its initial values")
+        return checkpoint
+
+    def resume(self, filename: str, *, callback: Callable[[dict], None] | None = None, **_) -> dict:
+        """Continue a run: model, optimizer, iteration and what hooks stored.
+
+        Random numbers are a function of seed and iteration, so the seed is all there is to compare.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it cannot be read safely, does not fit, or was trained with another seed.
+        """
+        checkpoint = self.load_checkpoint(filename, callback=callback)
+        stored_seed = checkpoint["meta"]["seed"]
+        if stored_seed != self.seed:
+            raise ValueError(
+                f"{filename} was trained with seed {stored_seed}, this run has seed {self.seed}: "
+                f"resume with --seed {stored_seed}, or start a new stage with load_from"
+            )
+        self.load_optim_state_dict(checkpoint["optimizer"])
+        # FlexibleRunner reads the hub; what must survive is stored by the hooks themselves.
+        checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
+        return checkpoint
+
+    def save_checkpoint(
+        self,
+        filename: str,
+        *,
+        extra_ckpt: dict | None = None,
+        callback: Callable[[dict], None] | None = None,
+        **_,
+    ) -> None:
+        """Write model, optimizer and meta data from the main process.
+
+        Args:
+            filename (str): Target; it appears when the file is complete.
+            extra_ckpt (dict, optional): With a ``meta`` dict; other entries are FlexibleRunner's
+                message hub, whose pickled histories are not kept.
+            callback (Callable, optional): Called with the content before it is written.
+
+        Raises:
+            TypeError: If a hook added something that is neither a tensor nor a plain value.
+        """
+        if not is_main_process():
+            return
+        tensors = self.unwrapped_model.state_dict()
+        state = {
+            "meta": {
+                **(extra_ckpt or {}).get("meta", {}),
+                "seed": self.seed,
+                "world_size": self.world_size,
+                "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "versions": library_versions(),
+            },
+            "state_dict": {key: value.cpu() for key, value in tensors.items()},
+            "optimizer": self.optim_state_dict(),
+        }
+        if callback is not None:
+            callback(state)
+        write_training_state(filename, state)
+
+
+@STRATEGIES.register_module()
+class PretrainDDPStrategy(PretrainStrategy, DDPStrategy):
+    """One model copy per rank, gradients averaged; NCCL on GPUs and gloo on CPUs.
+
+    The process group must exist (``tools/train.py`` makes it).
+
+    Args:
+        model_wrapper (dict, optional): Config of the wrapper. Defaults to
+            ``MMDistributedDataParallel`` without buffer broadcasts.
+        sync_bn (str, optional): Convert batch norms: ``'torch'`` or ``'mmcv'``. Defaults to None.
+        **kwargs: See :class:`mmengine._strategy.BaseStrategy`.
+    """
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        device = training_device()
+        # buckets as views: no second copy of the gradients
+        settings = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        return MMDistributedDataParallel(
+            module=self.convert_model(model).to(device),
+            device_ids=None if device.type == "cpu" else [device.index],
+            **{**settings, **(self.model_wrapper or {})},
+        )
+
+
+def training_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that a checkpoint's provenance names."""
+    return {
+        "dinov3_mm": dinov3_mm.__version__,
+        "mmengine": mmengine.__version__,
+        "torch": str(torch.__version__),
+    }
