@@ -1,0 +1,30 @@
+"""Weights in and out: formats are recognised, converted, loaded strictly, exported."""
+
+from .build import build_backbone, list_backbones
+from .export import export_backbone, read_metadata
+from .hf_vit import to_hf
+from .initializer import DINOv3Pretrained
+from .installing import install_weights, load_backbone_weights
+from .io import atomic_write
+from .loading import ForeignCheckpoint, load_weights
+from .report import LoadReport
+from .statistics import Statistics, read_statistics
+from .timm_vit import to_timm
+
+__all__ = [
+    "DINOv3Pretrained",
+    "ForeignCheckpoint",
+    "LoadReport",
+    "Statistics",
+    "atomic_write",
+    "build_backbone",
+    "export_backbone",
+    "install_weights",
+    "list_backbones",
+    "load_backbone_weights",
+    "load_weights",
+    "read_metadata",
+    "read_statistics",
+    "to_hf",
+    "to_timm",
+]

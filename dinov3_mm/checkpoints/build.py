@@ -1,0 +1,119 @@
+"""Backbones by name or from a weight file, for plain Python."""
+
+import inspect
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+
+from ..models.backbones.variants import ARCHITECTURES, ZOO, nearest_name
+from .download import is_url
+from .installing import install_weights
+from .loading import ForeignCheckpoint, load_weights
+
+
+def list_backbones(pattern: str | None = None) -> list[str]:
+    """Names of the released checkpoints, sorted; those that match a shell pattern if one is given.
+
+    Example:
+        >>> list_backbones("*sat493m")
+        ['dinov3_vit7b16_sat493m', 'dinov3_vitl16_sat493m']
+    """
+    return sorted(name for name in ZOO if pattern is None or fnmatchcase(name, pattern))
+
+
+def build_backbone(
+    name_or_file: str | os.PathLike,
+    weights: str | os.PathLike | None = None,
+    *,
+    periods: str = "file",
+    reset_bias_mask: bool = False,
+    **overrides: Any,
+) -> BaseModule:
+    """Build a backbone in eval mode.
+
+    Args:
+        name_or_file: a name of :func:`list_backbones` (``dinov3_vitl16_sat493m``) or of the
+            official hub (``dinov3_vitl16``), or a weight file, folder or URL of any known format,
+            whose architecture is read from its metadata or from its tensors.
+        weights: for a name, the weights to load; without them the backbone is initialised randomly.
+        periods: see :func:`load_weights`.
+        reset_bias_mask: see :func:`load_weights`.
+        **overrides: arguments of the backbone, e.g. ``out_indices``.
+
+    Raises:
+        FileNotFoundError: If there are no such weights.
+        TypeError: If the backbone has no such argument.
+        ValueError: If the name is unknown, or the weights cannot be read or do not fit.
+    """
+    options = {"periods": periods, "reset_bias_mask": reset_bias_mask}
+    row = _row(str(name_or_file))
+    if row is not None:
+        if weights is None and reset_bias_mask:
+            raise ValueError("reset_bias_mask=True needs weights; a fresh backbone has 1/0/1")
+        return _from_name(row.backbone, row.arch, weights, options, overrides)
+    _check_file(name_or_file)
+    if weights is not None:
+        raise ValueError(
+            f"{name_or_file} is a weight file already; pass a name to load other weights {weights}"
+        )
+    checkpoint = load_weights(name_or_file, **options)
+    return _from_checkpoint(checkpoint, checkpoint.arch, overrides)
+
+
+def _row(name: str):
+    if name in ZOO:
+        return ZOO[name]
+    # An official hub name stands for the first row that carries it, the web images.
+    return next((row for row in ZOO.values() if row.official_name == name), None)
+
+
+def _check_file(name_or_file: str | os.PathLike) -> None:
+    if is_url(name_or_file) or Path(name_or_file).expanduser().exists():
+        return
+    name = os.fspath(name_or_file)
+    known = [*ZOO, *dict.fromkeys(row.official_name for row in ZOO.values())]
+    message = f"{name} is neither a known backbone{nearest_name(name, known)} nor a local file"
+    if os.sep in name or Path(name).suffix:
+        raise FileNotFoundError(message)
+    raise ValueError(f"{message}; known are {', '.join(known)}")
+
+
+def _from_name(
+    backbone: str,
+    arch: str,
+    weights: str | os.PathLike | None,
+    options: dict[str, Any],
+    overrides: dict[str, Any],
+) -> BaseModule:
+    if weights is None:
+        module = _build(backbone, arch, overrides)
+        module.init_weights()
+        return module.eval()
+    settings = ARCHITECTURES[arch]
+    wanted = {**settings, **{key: overrides[key] for key in settings if key in overrides}}
+    checkpoint = load_weights(weights, arch=wanted, **options)
+    # An official name covers files with and without this norm.
+    untie = "untie_global_and_local_cls_norm"
+    if "local_cls_norm.weight" in checkpoint.state_dict:
+        overrides = {untie: True, **overrides}
+    return _from_checkpoint(checkpoint, arch, overrides)
+
+
+def _from_checkpoint(
+    checkpoint: ForeignCheckpoint, arch: str | dict[str, Any], overrides: dict[str, Any]
+) -> BaseModule:
+    module = _build(checkpoint.layout.family.backbone, arch, overrides)
+    install_weights(module, checkpoint)
+    return module.eval()
+
+
+def _build(backbone: str, arch: str | dict[str, Any], overrides: dict[str, Any]) -> BaseModule:
+    known = inspect.signature(MODELS.get(backbone)).parameters
+    for key in overrides:
+        if key not in known or key == "arch":
+            raise TypeError(f"{backbone} has no argument {key!r}{nearest_name(key, known)}")
+    return MODELS.build(dict(type=backbone, arch=arch, **overrides))

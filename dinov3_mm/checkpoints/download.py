@@ -1,0 +1,64 @@
+"""Weights given by URL: a download into torch hub's cache, checked before it is kept."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from .io import atomic_write
+from .opening import open_checkpoint
+
+
+def local_path(weights: str | os.PathLike) -> Path:
+    """Path of local weights, after a download if they are given by an http(s) URL.
+
+    Downloads go to torch hub's cache (``torch.hub.get_dir()/checkpoints``) and are made once. A
+    file name that ends in the beginning of the SHA-256 (``name-0123abcd.pth``) is checked against
+    the content, and every file must open as a checkpoint before it enters the cache.
+
+    Raises:
+        ValueError: If the download is damaged, has another hash, or is no checkpoint.
+    """
+    if not is_url(weights):
+        return Path(weights).expanduser()
+    url = str(weights)
+    target = cache_path(url)
+    if not target.exists():
+        digits = _hash_prefix(target.name)
+        with atomic_write(target) as partial:
+            try:
+                torch.hub.download_url_to_file(url, str(partial), hash_prefix=digits)
+            except RuntimeError as error:
+                raise ValueError(f"the download of {url} was refused: {error}") from error
+            open_checkpoint(partial)
+    return target
+
+
+def is_url(weights: str | os.PathLike) -> bool:
+    """Whether weights are given by an http(s) URL."""
+    return str(weights).startswith(("http://", "https://"))
+
+
+def cache_path(url: str) -> Path:
+    """Where the file behind a URL is kept.
+
+    Official files, whose names are unique, lie where torch hub puts them. Other names, such as
+    ``model.safetensors``, belong to many models; they get a folder named after their address.
+    """
+    parts = urlsplit(url)
+    name = Path(parts.path).name
+    if not name:
+        raise ValueError(f"the URL {url} names no file")
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    if _hash_prefix(name):
+        return cache / name
+    address = hashlib.sha256(f"{parts.netloc}{parts.path}".encode()).hexdigest()
+    return cache / address[:12] / name
+
+
+def _hash_prefix(name: str) -> str | None:
+    match = re.search(r"-([0-9a-f]{8,64})\.[a-z]+$", name)
+    return match[1] if match else None

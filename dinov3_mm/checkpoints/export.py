@@ -1,0 +1,103 @@
+"""Our own weight files: safetensors that say what is in them."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .io import atomic_write
+from .safetensors_file import EXPORT_KEY, read_export_header
+
+FORMAT_VERSION = 1
+_STATED_BY_CALLER = ("statistics", "provenance")
+
+
+def export_backbone(
+    backbone: nn.Module,
+    path: str | os.PathLike,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    heads: Mapping[str, nn.Module] | None = None,
+) -> Path:
+    """Write a backbone to one ``.safetensors`` file that :func:`build_backbone` can rebuild from.
+
+    The header holds JSON with ``format_version``, ``backbone`` (class name), ``arch``,
+    ``patch_size``, ``num_registers``, ``statistics`` and ``provenance``; a copy for people lies
+    beside the file with the suffix ``.json``. Tensors keep their dtype. Both files appear complete
+    or not at all.
+
+    Args:
+        backbone: backbone of this project.
+        path: target, ending in ``.safetensors``.
+        metadata: ``statistics`` (``mean`` and ``std`` of images in [0, 1]) and ``provenance`` (any
+            JSON, e.g. the iteration and the data); both may be left out.
+        heads: projection heads to store beside the backbone, by name: ``dino_head``, ``ibot_head``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the suffix, a key of ``metadata`` or the statistics are wrong.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"exports are safetensors; name the file *.safetensors instead of {path}")
+    header = _header(backbone, metadata or {})
+    prefix = "backbone." if heads else ""
+    parts = {prefix: backbone, **{f"{name}.": head for name, head in (heads or {}).items()}}
+    tensors = {
+        start + name: _storable(tensor)
+        for start, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+    with atomic_write(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", EXPORT_KEY: json.dumps(header)})
+    with atomic_write(path.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """Header JSON of a file that :func:`export_backbone` wrote; no tensor is read.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        ValueError: If it is another file.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no exported backbone at {path}")
+    header = read_export_header(path)
+    if not header:
+        raise ValueError(f"{path} is no export of dinov3_mm: its header holds no {EXPORT_KEY!r}")
+    return header
+
+
+def _header(backbone: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(metadata) - set(_STATED_BY_CALLER))
+    if unknown:
+        raise ValueError(f"unknown metadata {unknown}; expected {' and '.join(_STATED_BY_CALLER)}")
+    statistics = metadata.get("statistics")
+    channels = backbone.arch_settings["in_channels"]
+    if statistics is not None:
+        statistics = {key: [float(value) for value in statistics[key]] for key in ("mean", "std")}
+        if any(len(values) != channels for values in statistics.values()):
+            raise ValueError(f"statistics {statistics} do not fit {channels} image channels")
+    return {
+        "format_version": FORMAT_VERSION,
+        "backbone": type(backbone).__name__,
+        "arch": backbone.arch_settings,
+        "patch_size": backbone.patch_size,
+        "num_registers": backbone.num_registers,
+        "statistics": statistics,
+        "provenance": metadata.get("provenance", {}),
+    }
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    # A copy on the CPU: safetensors refuses tensors that share or leave gaps in their storage.
+    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,0 +1,47 @@
+"""The way from a config to pretrained weights: ``init_cfg=dict(type='DINOv3Pretrained', ...)``."""
+
+import os
+
+from mmengine.registry import WEIGHT_INITIALIZERS
+from torch import nn
+
+from .installing import load_backbone_weights
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class DINOv3Pretrained:
+    """MMEngine initializer that loads a backbone from a weight file of any known format.
+
+    Args:
+        checkpoint: file, folder or http(s) URL; see :func:`load_weights`.
+        reset_bias_mask: set the mask of the qkv bias to 1/0/1, so that the q and v biases of
+            released weights train.
+        periods: 'file' or 'exact'; see :func:`load_weights`.
+
+    Raises:
+        FileNotFoundError: On use, if nothing is there.
+        ValueError: On use, if the weights cannot be read or do not fit the backbone.
+
+    Example:
+        >>> init_cfg = dict(type="DINOv3Pretrained", checkpoint="dinov3_vits16.pth")
+        >>> backbone = dict(type="DINOv3ViT", arch="small", init_cfg=init_cfg)
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike,
+        reset_bias_mask: bool = False,
+        periods: str = "file",
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.reset_bias_mask = reset_bias_mask
+        self.periods = periods
+
+    def __call__(self, module: nn.Module) -> None:
+        """Load the weights into ``module``; all of it or nothing."""
+        load_backbone_weights(
+            module,
+            self.checkpoint,
+            periods=self.periods,
+            reset_bias_mask=self.reset_bias_mask,
+        )

@@ -1,0 +1,93 @@
+"""Reading of safetensors: one file, or an index of shards in one folder."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .source import OpenedCheckpoint, first_line, read_config, read_json
+
+EXPORT_KEY = "dinov3_mm"
+
+
+def open_safetensors(path: Path) -> OpenedCheckpoint:
+    """Open one safetensors file; a ``config.json`` beside it is read too.
+
+    Raises:
+        ValueError: If the file is truncated or damaged.
+    """
+    with _opened(path) as file:
+        location = dict.fromkeys(file.keys(), path)
+        export = _export_header(file)
+    # An export says all about itself; a config.json beside it belongs to something else.
+    config = {} if export else read_config(path.parent)
+    return OpenedCheckpoint(
+        path, "safetensors file", tuple(location), _reader(location), config, export
+    )
+
+
+def open_index(path: Path) -> OpenedCheckpoint:
+    """Open the shards that a ``*.safetensors.index.json`` lists.
+
+    Raises:
+        FileNotFoundError: If a shard is missing.
+        ValueError: If the index or a shard is damaged, or they do not agree.
+    """
+    shard_of = read_json(path).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise ValueError(
+            f"{path} is no index of safetensors shards: it has no 'weight_map'. Pass the weight "
+            "file, or the folder that holds it"
+        )
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard:
+            raise ValueError(f"{path} points to {shard!r}; a shard must lie in the same folder")
+        if not (path.parent / shard).is_file():
+            raise FileNotFoundError(f"{path} names the shard {shard}, which is missing")
+        with _opened(path.parent / shard) as file:
+            present = set(file.keys())
+        absent = [
+            name for name, place in shard_of.items() if place == shard and name not in present
+        ]
+        if absent:
+            raise ValueError(f"{shard} lacks tensors that {path} promises: {absent[:5]}")
+    location = {name: path.parent / shard for name, shard in shard_of.items()}
+    container = f"{len(set(shard_of.values()))} safetensors shards"
+    return OpenedCheckpoint(
+        path, container, tuple(location), _reader(location), read_config(path.parent)
+    )
+
+
+def read_export_header(path: Path) -> dict[str, Any]:
+    """JSON that our exports carry in their safetensors header; empty for any other file."""
+    with _opened(path) as file:
+        return _export_header(file)
+
+
+def _export_header(file: safe_open) -> dict[str, Any]:
+    metadata = file.metadata() or {}
+    return json.loads(metadata[EXPORT_KEY]) if EXPORT_KEY in metadata else {}
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged: {first_line(error)}") from error
+
+
+def _reader(location: dict[str, Path]):
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            wanted.setdefault(location[name], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for path, stored_here in wanted.items():
+            with _opened(path) as file:
+                tensors.update({name: file.get_tensor(name) for name in stored_here})
+        return tensors
+
+    return read

@@ -1,0 +1,103 @@
+"""Which input normalisation a weight file was trained with."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..models.backbones.variants import ZOO
+from .safetensors_file import read_export_header
+from .source import read_config, read_json
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation of RGB images in [0, 1].
+
+    Attributes:
+        mean: per channel.
+        std: per channel.
+        name: of the pretraining data, 'LVD-1689M' or 'SAT-493M', or 'custom'.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str = "custom"
+
+
+# By the tag that official, Hugging Face and timm names have in common, e.g. 'lvd1689m'.
+_BY_TAG = {
+    row.weights.lower(): Statistics(
+        row.mean, row.std, re.sub(r"(?<=[A-Z])(?=\d)", "-", row.weights)
+    )
+    for row in ZOO.values()
+}
+
+
+def named_statistics(mean: Any, std: Any) -> Statistics:
+    """Statistics with the name that belongs to the values."""
+    mean, std = tuple(float(m) for m in mean), tuple(float(s) for s in std)
+    known = {(s.mean, s.std): s for s in _BY_TAG.values()}
+    return known.get((mean, std), Statistics(mean, std))
+
+
+def read_statistics(path: str | os.PathLike) -> Statistics:
+    """Input normalisation that belongs to a weight file or folder; no tensor is read.
+
+    Our exports state it. For other files the data tag in the name of the file or of its folders
+    decides ('lvd1689m', 'sat493m'), then the preprocessor or model configuration beside it.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        ValueError: If neither the file nor its name states it.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}")
+    statistics = find_statistics(path)
+    if statistics is None:
+        raise ValueError(
+            f"{path} does not state its input normalisation: it is no export of dinov3_mm, no name "
+            f"on its path contains {' or '.join(_BY_TAG)}, and no configuration lies beside it. "
+            "Pass mean and std yourself"
+        )
+    return statistics
+
+
+def find_statistics(path: Path) -> Statistics | None:
+    """As :func:`read_statistics`, but None where nothing states the normalisation."""
+    stated = _exported(path)
+    if stated is not None:
+        return named_statistics(stated["mean"], stated["std"])
+    return _tagged(path) or _configured(path if path.is_dir() else path.parent)
+
+
+def _exported(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            return None
+    return read_export_header(path).get("statistics")
+
+
+def _tagged(path: Path) -> Statistics | None:
+    # Three levels reach the model's name in the folders of a hub cache
+    # (models--facebook--dinov3-.../snapshots/<revision>/model.safetensors).
+    names = [path.name, *(parent.name for parent in path.absolute().parents[:3])]
+    for name in names:
+        for tag, statistics in _BY_TAG.items():
+            if tag in name.lower():
+                return statistics
+    return None
+
+
+def _configured(folder: Path) -> Statistics | None:
+    preprocessor = folder / "preprocessor_config.json"
+    if preprocessor.is_file():
+        config = read_json(preprocessor)
+        if "image_mean" in config and "image_std" in config:
+            return named_statistics(config["image_mean"], config["image_std"])
+    pretrained = read_config(folder).get("pretrained_cfg", {})
+    if "mean" in pretrained and "std" in pretrained:
+        return named_statistics(pretrained["mean"], pretrained["std"])
+    return None
