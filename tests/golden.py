@@ -28,5 +28,7 @@ def assert_parity(actual: torch.Tensor, expected: torch.Tensor, tolerance: float
     """Assert ``|difference| <= tolerance * max(1, max|expected|)`` and return the difference."""
     difference = max_difference(actual, expected)
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-    assert difference <= tolerance * scale, f"differs by {difference:.3e}, bar {tolerance * scale:.3e}"
+    assert difference <= tolerance * scale, (
+        f"differs by {difference:.3e}, bar {tolerance * scale:.3e}"
+    )
     return difference

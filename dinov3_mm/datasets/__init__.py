@@ -13,6 +13,7 @@ from dinov3_mm.datasets.sources import (
     ImageSource,
     MMDatasetSource,
 )
+from dinov3_mm.datasets.synthetic_scenes import SyntheticScenes
 from dinov3_mm.datasets.transforms import MultiCrop
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Permutation",
     "PositionBatchSampler",
     "PretrainDataLoader",
+    "SyntheticScenes",
     "block_mask",
     "build_pretrain_dataloader",
     "sample_generator",

@@ -1,0 +1,7 @@
+"""Rendered scenes with complete ground truth, the data that comes along."""
+
+from dinov3_mm.datasets.synthetic_scenes.dataset import SyntheticScenes
+from dinov3_mm.datasets.synthetic_scenes.render import Rendering
+from dinov3_mm.datasets.synthetic_scenes.scene import Camera, Scene, SceneObject
+
+__all__ = ["Camera", "Rendering", "Scene", "SceneObject", "SyntheticScenes"]
