@@ -87,3 +87,43 @@ class PretrainOptimWrapper(OptimWrapper):
             if self.clip_grad is not None:
                 clip_grads_with_norm_(params, self.clip_grad, norms[name])
         return norms
+
+    def state_dict(self) -> dict:
+        """Return the optimizer's state, with ``param_names`` in its groups."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load moments and step counts by parameter name; settings stay those of the config.
+
+        A later stage may therefore group its parameters, or set betas, differently.
+
+        Raises:
+            ValueError: The state was saved without names, or for other parameters.
+        """
+        saved = _ids_by_name(state_dict)
+        own = self.optimizer.state_dict()
+        ids = _ids_by_name(own)
+        if saved.keys() != ids.keys():
+            raise ValueError(
+                "the optimizer state is of other parameters: "
+                f"missing {sorted(ids.keys() - saved.keys())[:5]}, "
+                f"unexpected {sorted(saved.keys() - ids.keys())[:5]}; load the weights only"
+            )
+        states = state_dict["state"]
+        own["state"] = {
+            ids[name]: states[saved_id] for name, saved_id in saved.items() if saved_id in states
+        }
+        self.optimizer.load_state_dict(own)
+
+
+def _ids_by_name(state_dict: dict) -> dict[str, int]:
+    """Which entry of an optimizer's state belongs to which parameter."""
+    names = {}
+    for group in state_dict["param_groups"]:
+        if "param_names" not in group:
+            raise ValueError(
+                "the optimizer state has no param_names: PretrainOptimWrapper loads states of "
+                "optimizers that PretrainOptimConstructor built; load the weights only"
+            )
+        names.update(zip(group["param_names"], group["params"], strict=True))
+    return names

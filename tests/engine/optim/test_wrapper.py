@@ -146,3 +146,48 @@ def test_bad_clip_is_refused(clip, error):
     optimizer = torch.optim.AdamW(ToyModel().student.parameters(), fused=True)
     with pytest.raises(error, match="clip_grad"):
         PretrainOptimWrapper(optimizer, clip_grad=clip)
+
+
+def test_state_is_restored_by_name_under_other_groups_and_settings():
+    model = ToyModel()
+    wrapper = build(model, {"layerwise_decay": 0.5}, optimizer={"type": "AdamW", "lr": 1e-2})
+    for x in batches(3):
+        wrapper.update_params(model(x))
+    saved = copy.deepcopy(wrapper.state_dict())
+    other = copy.deepcopy(model)
+    cfg = {"type": "AdamW", "lr": 1e-2, "betas": (0.8, 0.9)}
+    regrouped = build(other, {"layerwise_decay": 1.0}, optimizer=cfg)
+    assert len(regrouped.optimizer.param_groups) < len(wrapper.optimizer.param_groups)
+    regrouped.load_state_dict(saved)
+    assert all(group["betas"] == (0.8, 0.9) for group in regrouped.optimizer.param_groups)
+    others = dict(other.student.named_parameters())
+    for name, param in model.student.named_parameters():
+        for key, value in wrapper.optimizer.state[param].items():
+            torch.testing.assert_close(
+                regrouped.optimizer.state[others[name]][key], value, rtol=0, atol=0
+            )
+
+
+def test_resumed_steps_equal_uninterrupted_ones():
+    model = ToyModel()
+    wrapper = build(model)
+    first, *rest = batches(4)
+    wrapper.update_params(model(first))
+    other = copy.deepcopy(model)
+    resumed = build(other)
+    resumed.load_state_dict(copy.deepcopy(wrapper.state_dict()))
+    for x in rest:
+        wrapper.update_params(model(x))
+        resumed.update_params(other(x))
+    assert_same(student_state(other), student_state(model))
+
+
+def test_state_of_other_parameters_is_refused():
+    model = ToyModel()
+    wrapper = build(model)
+    model.student["ibot_head"].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"missing \[\], unexpected \['ibot_head\."):
+        build(model).load_state_dict(wrapper.state_dict())
+    plain = torch.optim.AdamW(model.student.parameters())
+    with pytest.raises(ValueError, match="no param_names"):
+        wrapper.load_state_dict(plain.state_dict())
