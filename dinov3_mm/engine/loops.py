@@ -116,8 +116,9 @@ class PretrainLoop(BaseLoop):
         for _ in range(self.layout.accumulate - 1):
             batch = self._next_batch(batches)
             outputs.append(runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper))
-        metrics = {**_mean(outputs), **runner.optim_wrapper.step_metrics}
-        runner.call_hook("after_train_iter", batch_idx=index, data_batch=batch, outputs=metrics)
+        runner.call_hook(
+            "after_train_iter", batch_idx=index, data_batch=batch, outputs=_mean(outputs)
+        )
         self._iter += 1
 
     def _next_batch(self, batches: Iterator[dict]) -> dict:

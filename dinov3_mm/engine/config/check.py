@@ -152,7 +152,8 @@ def _check_part(part: Mapping, path: str, registry: Registry | None) -> Iterator
     accepted = _accepted(*found)
     if accepted is not None:
         for key in part.keys() - accepted:
-            yield f"{path}: {_name(found[0])} takes no argument {key!r}; {hint(key, accepted)}"
+            names = accepted - {"_scope_"}
+            yield f"{path}: {_name(found[0])} takes no argument {key!r}; {hint(key, names)}"
     if "constructor" in part and found[1] is registries.OPTIM_WRAPPERS:
         constructors = registries.OPTIM_WRAPPER_CONSTRUCTORS
         yield from _check_part({"type": part["constructor"]}, f"{path}.constructor", constructors)

@@ -47,4 +47,4 @@ def fill_defaults(cfg: Config) -> None:
 
 def patch_size_of(cfg: Mapping) -> int:
     """Patch size of the backbone that the config trains."""
-    return cfg["model"]["backbone"].get("patch_size", DEFAULT_PATCH_SIZE)
+    return cfg["model"].get("backbone", {}).get("patch_size", DEFAULT_PATCH_SIZE)

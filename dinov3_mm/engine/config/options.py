@@ -1,4 +1,4 @@
-"""``--cfg-options key.path=value``: parsed, checked against the config, then merged."""
+"""``--cfg-options key.path=value``: parsed, checked against the config, then set."""
 
 import ast
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def parse_options(options: Sequence[str]) -> dict[str, object]:
 
 
 def apply_options(cfg: Config, options: Mapping[str, object]) -> None:
-    """Merge ``options`` into ``cfg`` in place.
+    """Set the values of ``options`` in ``cfg``.
 
     A path must lead to a value that the config has, or be an argument of the ``type`` that the
     config has there, or be a top-level Runner key.
@@ -44,7 +44,12 @@ def apply_options(cfg: Config, options: Mapping[str, object]) -> None:
     findings = [finding for path in options if (finding := _check_path(cfg, path)) is not None]
     if findings:
         raise ConfigError("\n".join(findings))
-    cfg.merge_from_dict(dict(options), allow_list_keys=True)
+    for path, value in options.items():
+        *parents, leaf = path.split(".")
+        node: object = cfg
+        for key in parents:
+            node = node[int(key) if isinstance(node, list) else key]
+        node[int(leaf) if isinstance(node, list) else leaf] = value
 
 
 def _parse_value(text: str) -> object:
@@ -68,14 +73,14 @@ def _check_path(cfg: Config, path: str) -> str | None:
             where = ".".join(parents[:depth]) or "the config"
             return f"--cfg-options {path}: {where} has no {key!r}; {hint(key, known)}"
         if depth < len(parents):
-            node = node[int(key)] if isinstance(node, (list, tuple)) else node[key]
+            node = node[int(key) if isinstance(node, list) else key]
             owner_key = owner_key if key.isdigit() else key
     return None
 
 
 def _children(cfg: Config, node: object, key: str | None, *, is_leaf: bool) -> set[str] | None:
     """Names that may follow at ``node``; None when any may."""
-    if isinstance(node, (list, tuple)):
+    if isinstance(node, list):
         return {str(index) for index in range(len(node))}
     if not isinstance(node, (Mapping, Config)):
         return set()

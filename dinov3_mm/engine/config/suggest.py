@@ -20,7 +20,7 @@ def hint(name: str, known: Iterable[str]) -> str:
     match = nearest(name, known)
     if match is not None:
         return f"did you mean {match!r}?"
-    return f"known: {', '.join(known)}" if known else "it takes no arguments"
+    return f"known: {', '.join(known) or 'nothing'}"
 
 
 def _fold(name: str) -> str:

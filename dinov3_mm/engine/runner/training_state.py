@@ -52,7 +52,7 @@ def read_training_state(path: str | Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             f"{path} is not a readable training checkpoint (it is damaged, or holds Python objects "
             f"that only unpickling could rebuild, which is refused): {reason}"

@@ -1,0 +1,79 @@
+"""Train a config: ``python tools/train.py CONFIG [--resume] [--cfg-options key=value ...]``.
+
+One process by default; ``tools/dist_train.sh`` and ``tools/slurm_train.sh`` start several.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from mmengine.config import Config
+
+import dinov3_mm  # noqa: F401  (registers what configs name)
+from dinov3_mm.engine import (
+    LAUNCHERS,
+    ConfigError,
+    apply_options,
+    build_runner,
+    find_latest_checkpoint,
+    parse_options,
+    start_processes,
+)
+
+NEWEST = "newest"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a config.")
+    parser.add_argument("config", help="config file")
+    parser.add_argument("--work-dir", help="folder of checkpoints and logs; default: of the config")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        metavar="PATH",
+        help="continue from a checkpoint; without PATH from the newest of the work folder, "
+        "or from the start if it has none",
+    )
+    parser.add_argument("--seed", type=int, help="seed of data order, crops, masks and weights")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override config values, e.g. train_cfg.max_iters=100 custom_hooks.0.interval=10",
+    )
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
+    return parser.parse_args(argv)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Config file plus what the command line says."""
+    cfg = Config.fromfile(args.config)
+    apply_options(cfg, parse_options(args.cfg_options))
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
+    if args.seed is not None:
+        cfg.randomness = {**(cfg.get("randomness") or {}), "seed": args.seed}
+    if args.resume is not None:
+        newest = args.resume == NEWEST
+        checkpoint = find_latest_checkpoint(cfg.work_dir) if newest else args.resume
+        if checkpoint is not None:
+            cfg.resume, cfg.load_from = str(checkpoint), None
+    return cfg
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    start_processes(args.launcher)
+    build_runner(load_config(args)).train()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"{sys.argv[1]}: {error}")
