@@ -1,4 +1,4 @@
-"""Life of the Gram teacher (arXiv 2508.10104, section 4): where it comes from, when it is renewed."""
+"""Life of the Gram teacher (arXiv 2508.10104, section 4): its origin and its refreshes."""
 
 from os import PathLike
 

@@ -10,8 +10,8 @@ from dinov3_mm.engine.optim import build_schedule, lr_scale, scale_lr_schedule
 class OptimScheduleHook(Hook):
     """Writes the learning rate and weight decay of each iteration into the optimizer.
 
-    A group gets ``lr(it) * lr_multiplier`` and ``weight_decay(it) * wd_multiplier``; the last layers
-    of the heads get a learning rate of zero for the first ``freeze_last_layer_iters`` iterations.
+    A group gets ``lr(it) * lr_multiplier`` and ``weight_decay(it) * wd_multiplier``. The last layers
+    of the heads get a zero learning rate for ``freeze_last_layer_iters`` iterations.
 
     Args:
         lr: Schedule of the learning rate, see :func:`dinov3_mm.engine.optim.build_schedule`.
@@ -35,7 +35,7 @@ class OptimScheduleHook(Hook):
     ):
         if not isinstance(freeze_last_layer_iters, int) or freeze_last_layer_iters < 0:
             raise ValueError(
-                f"freeze_last_layer_iters must be an integer >= 0, given {freeze_last_layer_iters!r}"
+                f"freeze_last_layer_iters: integer >= 0 expected, given {freeze_last_layer_iters!r}"
             )
         lr_scale(scaling_rule, 1)
         self.lr_cfg = lr

@@ -76,5 +76,5 @@ def test_scaling_rule_uses_the_global_batch(caplog):
     ],
 )
 def test_bad_arguments_are_refused(arguments):
-    with pytest.raises(ValueError, match="freeze_last_layer_iters|scaling_rule"):
+    with pytest.raises(ValueError, match=r"freeze_last_layer_iters|scaling_rule"):
         OptimScheduleHook(**arguments)

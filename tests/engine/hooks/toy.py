@@ -5,13 +5,14 @@ import logging
 from types import SimpleNamespace
 
 import torch
-from mmengine.hooks import Hook
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import MODELS
 from torch import nn
 
 from dinov3_mm.engine.optim import PretrainOptimWrapper
+
+PRIORITIES = ("VERY_HIGH", "HIGH", "ABOVE_NORMAL", "NORMAL")
 
 
 class ToyPreprocessor(BaseDataPreprocessor):
@@ -78,14 +79,9 @@ def uint8_batch(iteration: int, **extra) -> dict:
 class ToyRunner:
     """The parts of MMEngine's runner that hooks use, and the order of one training step."""
 
-    def __init__(
-        self, model, hooks, *, max_iters=10, work_dir="", accumulate=1, start=0, clip=None
-    ):
+    def __init__(self, model, hooks, *, max_iters=10, work_dir="", accumulate=1, start=0):
         self.model = model
-        self.hooks: list[Hook] = [
-            HOOKS.build(hook) if isinstance(hook, dict) else hook for hook in hooks
-        ]
-        self.hooks.sort(key=lambda hook: PRIORITIES.index(hook.priority))
+        self.hooks = sorted(hooks, key=lambda hook: PRIORITIES.index(hook.priority))
         self.optim_wrapper: PretrainOptimWrapper = build_optim_wrapper(
             model,
             {
@@ -93,7 +89,6 @@ class ToyRunner:
                 "constructor": "PretrainOptimConstructor",
                 "optimizer": {"type": "AdamW", "lr": 1e-2},
                 "accumulative_counts": accumulate,
-                "clip_grad": clip,
             },
         )
         self.iter, self.max_iters = start, max_iters
@@ -126,15 +121,3 @@ class ToyRunner:
         self.call("after_train_iter", **index, outputs=mean)
         self.history.append(mean)
         self.iter += 1
-
-
-PRIORITIES = [
-    "HIGHEST",
-    "VERY_HIGH",
-    "HIGH",
-    "ABOVE_NORMAL",
-    "NORMAL",
-    "BELOW_NORMAL",
-    "LOW",
-    "VERY_LOW",
-]

@@ -1,0 +1,50 @@
+"""Run a captured training step again: ``python tools/replay_capture.py CONFIG CAPTURE``.
+
+Captures are ``work_dir/captures/iter_*.pt``, written by ``NonFiniteGuardHook`` when a loss or a
+gradient is not finite. Prints the losses, the gradient norms, and where the first bad value arose.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mmengine.config import Config
+
+import dinov3_mm  # noqa: F401  (registers what configs name)
+from dinov3_mm.engine.capture import ReplayReport, replay_capture
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run a captured training step again.")
+    parser.add_argument("config", help="config file of the run")
+    parser.add_argument("capture", help="captured step")
+    parser.add_argument("--device", default="cpu", help="where to run; default: cpu")
+    return parser.parse_args(argv)
+
+
+def describe(report: ReplayReport) -> str:
+    """Text of a report."""
+    lines = [f"iteration {report.iteration}"]
+    for index, losses in enumerate(report.losses):
+        lines.append(f"micro batch {index}:")
+        lines += [f"  {name:<24} {value:.6g}" for name, value in losses.items()]
+    lines.append("gradient norms:")
+    lines += [f"  {name:<24} {value:.6g}" for name, value in report.grad_norms.items()]
+    if report.bad_parameters:
+        lines.append(f"parameters that are not finite: {', '.join(report.bad_parameters)}")
+    if report.first_bad_module is not None:
+        lines.append(f"first module with an output that is not finite: {report.first_bad_module}")
+    lines.append("the step is finite here" if report.is_finite else "the step is not finite")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    print(describe(replay_capture(args.capture, Config.fromfile(args.config), args.device)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
