@@ -10,8 +10,8 @@ from dinov3_mm.engine.optim import build_schedule, lr_scale, scale_lr_schedule
 class OptimScheduleHook(Hook):
     """Writes the learning rate and weight decay of each iteration into the optimizer.
 
-    A group gets ``lr(it) * lr_multiplier`` and ``weight_decay(it) * wd_multiplier``. The last layers
-    of the heads get a zero learning rate for ``freeze_last_layer_iters`` iterations.
+    A group gets ``lr(it) * lr_multiplier`` and ``weight_decay(it) * wd_multiplier``. In the first
+    ``freeze_last_layer_iters`` iterations the last layers of the heads get a learning rate of zero.
 
     Args:
         lr: Schedule of the learning rate, see :func:`dinov3_mm.engine.optim.build_schedule`.
