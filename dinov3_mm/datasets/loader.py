@@ -4,6 +4,7 @@ import copy
 import difflib
 import gc
 import os
+import signal
 from collections.abc import Iterable, Iterator
 
 import cv2
@@ -142,7 +143,12 @@ def build_pretrain_dataloader(
 
 
 def init_worker(_: int) -> None:
-    """One thread per worker, and the garbage collector on even if the main process froze it."""
+    """One thread per worker, and the garbage collector on even if the main process froze it.
+
+    A scheduler that ends a job sends SIGTERM to every process: the workers must live on until the
+    main process has finished its step and saved; they end when it does.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     gc.enable()

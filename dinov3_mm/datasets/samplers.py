@@ -81,6 +81,11 @@ class PositionBatchSampler(Sampler[list[int]]):
         self.start_iter = start_iter
         self.max_iters = max_iters
 
+    @property
+    def batch_size(self) -> int:
+        """Positions in each list; MMEngine's runner asks for it."""
+        return self.layout.rank_batch_size
+
     def __len__(self) -> int:
         return (self.max_iters - self.start_iter) * self.layout.accumulate
 
