@@ -60,6 +60,8 @@ class FileSource:
     Args:
         root (str): Folder that relative paths start from.
         color (str): ``'rgb'`` or ``'gray'`` (one channel).
+        decode_min_side (int | None): See
+            :func:`~dinov3_mm.datasets.sources.decode.read_image`.
 
     Attributes:
         classes (tuple[str, ...]): Class names; empty without labels.
@@ -67,9 +69,10 @@ class FileSource:
 
     classes: tuple[str, ...] = ()
 
-    def __init__(self, root: str, color: str = "rgb") -> None:
+    def __init__(self, root: str, color: str = "rgb", decode_min_side: int | None = None) -> None:
         self.root = os.path.expanduser(root)
         self.color = check_color(color)
+        self.decode_min_side = decode_min_side
         self._paths = PathIndex()
         self._labels = array("q")
 
@@ -82,7 +85,7 @@ class FileSource:
 
     def load_image(self, index: int) -> np.ndarray:
         """``(H, W, 3)`` or ``(H, W, 1)`` uint8 image; BrokenImageError if it cannot be read."""
-        return read_image(self.path(index), self.color)
+        return read_image(self.path(index), self.color, self.decode_min_side)
 
     def probe_size(self, index: int) -> tuple[int, int]:
         """Height and width from the file header; BrokenImageError if it cannot be read."""

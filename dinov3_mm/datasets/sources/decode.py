@@ -13,6 +13,8 @@ COLOR_MODES = ("rgb", "gray")
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _JPEG_PADDING = 64
+# IMREAD_REDUCED_COLOR_k is one of these flags together with IMREAD_COLOR.
+_REDUCTIONS = tuple((factor, 8 * factor) for factor in (2, 4, 8))
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -33,11 +35,17 @@ class BrokenImageError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def read_image(path: str, color: str = "rgb") -> np.ndarray:
+def read_image(path: str, color: str = "rgb", min_side: int | None = None) -> np.ndarray:
     """Read a file as an ``(H, W, 3)`` (``'rgb'``) or ``(H, W, 1)`` (``'gray'``) uint8 array.
 
     The EXIF orientation is ignored and alpha is dropped, as by ``PIL.Image.convert``; 16-bit
     images keep their upper eight bits.
+
+    Args:
+        path (str): The file.
+        color (str): ``'rgb'`` or ``'gray'``.
+        min_side (int | None): Decode a JPEG at 1/2, 1/4 or 1/8 of its size as long as its shorter
+            side keeps this many pixels; None: at full size.
 
     Raises:
         BrokenImageError: If the file cannot be read or decoded completely.
@@ -46,15 +54,17 @@ def read_image(path: str, color: str = "rgb") -> np.ndarray:
         data = Path(path).read_bytes()
     except OSError as error:
         raise BrokenImageError(str(path), error.strerror or str(error)) from error
-    return decode_image(data, str(path), color)
+    return decode_image(data, str(path), color, min_side)
 
 
-def decode_image(data: bytes, path: str, color: str = "rgb") -> np.ndarray:
+def decode_image(
+    data: bytes, path: str, color: str = "rgb", min_side: int | None = None
+) -> np.ndarray:
     """Decode the bytes of an image file, see :func:`read_image`; ``path`` is for messages."""
     # OpenCV decodes JPEG a third faster than PIL, to the same values, but fills up a truncated
     # file with grey: only complete files take this way.
     if data.startswith(_JPEG_START) and _JPEG_END in data[-_JPEG_PADDING:]:
-        image = _decode_jpeg(data, color)
+        image = _decode_jpeg(data, color, min_side)
         if image is not None:
             return image
     try:
@@ -83,15 +93,25 @@ def check_color(color: str) -> str:
     return color
 
 
-def _decode_jpeg(data: bytes, color: str) -> np.ndarray | None:
-    flag = cv2.IMREAD_COLOR if color == "rgb" else cv2.IMREAD_GRAYSCALE
+def _decode_jpeg(data: bytes, color: str, min_side: int | None) -> np.ndarray | None:
+    flags = cv2.IMREAD_COLOR if color == "rgb" else cv2.IMREAD_GRAYSCALE
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
+        flags |= cv2.IMREAD_IGNORE_ORIENTATION | _reduction_flag(data, min_side)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except (cv2.error, OSError):
         return None
     if image is None:
         return None
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image) if color == "rgb" else image[..., None]
+
+
+def _reduction_flag(data: bytes, min_side: int | None) -> int:
+    """OpenCV flag for the strongest reduction that keeps the shorter side."""
+    if min_side is None:
+        return 0
+    with Image.open(io.BytesIO(data)) as header:
+        side = min(header.size)
+    return max((flag for factor, flag in _REDUCTIONS if side // factor >= min_side), default=0)
 
 
 def _decode_pil(data: bytes, color: str) -> np.ndarray:

@@ -20,6 +20,9 @@ class ImageFolder(FileSource):
     Args:
         root (str): The folder.
         color (str): ``'rgb'`` or ``'gray'`` (one channel).
+        decode_min_side (int | None): Decode large JPEGs at 1/2, 1/4 or 1/8 of their size as long as
+            the shorter side keeps this many pixels, which is several times faster; None: at full
+            size. For 224 px crops of at least 0.32 of the area 448 costs no sharpness.
         extensions (tuple[str, ...]): File name endings that count as images, in any case.
 
     Raises:
@@ -32,9 +35,10 @@ class ImageFolder(FileSource):
         root: str,
         *,
         color: str = "rgb",
+        decode_min_side: int | None = None,
         extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
     ) -> None:
-        super().__init__(root, color)
+        super().__init__(root, color, decode_min_side)
         if not os.path.isdir(self.root):
             what = "is not a folder" if os.path.exists(self.root) else "does not exist"
             raise FileNotFoundError(

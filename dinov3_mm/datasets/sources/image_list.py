@@ -21,17 +21,26 @@ class ImageList(FileSource):
         path (str): The list.
         root (str | None): Folder that relative paths start from; None: the folder of the list.
         color (str): ``'rgb'`` or ``'gray'`` (one channel).
+        decode_min_side (int | None): See :class:`~dinov3_mm.datasets.sources.ImageFolder`.
 
     Raises:
         FileNotFoundError: If the list does not exist.
         ValueError: If it names no image or its header lacks ``path``.
     """
 
-    def __init__(self, path: str, root: str | None = None, *, color: str = "rgb") -> None:
+    def __init__(
+        self,
+        path: str,
+        root: str | None = None,
+        *,
+        color: str = "rgb",
+        decode_min_side: int | None = None,
+    ) -> None:
         path = os.path.expanduser(path)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"image list {os.path.abspath(path)!r} does not exist")
-        super().__init__(os.path.dirname(path) if root is None else root, color)
+        root = os.path.dirname(path) if root is None else root
+        super().__init__(root, color, decode_min_side)
         if path.lower().endswith(".csv"):
             self._read_csv(path)
         else:

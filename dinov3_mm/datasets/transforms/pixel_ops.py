@@ -26,19 +26,27 @@ def crop_resize(image: np.ndarray, box: Box, size: int) -> np.ndarray:
 
     Bicubic with antialiasing, as ``PIL.Image.resize(..., BICUBIC)`` on the cropped image.
     """
-    region = image[box.top : box.top + box.height, box.left : box.left + box.width]
+    region = image[box.top : box.top + box.height, box.left : box.left + box.width].copy()
     if box.height == size and box.width == size:
-        return np.ascontiguousarray(region)
-    pixels = torch.from_numpy(np.ascontiguousarray(region)).permute(2, 0, 1)[None]
-    resized = interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+        return region
+    resized = np.empty((size, size, image.shape[2]), np.uint8)
+    # The operator behind torch.nn.functional.interpolate, which has no ``out`` and would return
+    # separate colour planes; interleaved output is twice as fast, and what OpenCV works on.
+    torch.ops.aten._upsample_bicubic2d_aa.out(
+        _as_nchw(region), [size, size], False, out=_as_nchw(resized)
+    )
+    return resized
 
 
 def resize_float(image: np.ndarray, size: int) -> np.ndarray:
     """Resize an ``(H, W, C)`` image to ``(size, size, C)`` float32 without rounding or clipping."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    resized = interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+    resized = interpolate(_as_nchw(image).float(), (size, size), mode="bicubic", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def _as_nchw(image: np.ndarray) -> torch.Tensor:
+    """``(1, C, H, W)`` channels-last view of an ``(H, W, C)`` array."""
+    return torch.from_numpy(image[None]).permute(0, 3, 1, 2)
 
 
 def flip(image: np.ndarray) -> np.ndarray:
@@ -128,4 +136,6 @@ def solarize(image: np.ndarray, threshold: int) -> np.ndarray:
 
 def to_chw(image: np.ndarray) -> np.ndarray:
     """``(H, W, C)`` to contiguous ``(C, H, W)``."""
-    return np.ascontiguousarray(image.transpose(2, 0, 1))
+    planes = np.empty((image.shape[2], *image.shape[:2]), image.dtype)
+    cv2.split(image, list(planes))
+    return planes
