@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .io import atomic_write
-from .safetensors_file import EXPORT_KEY, read_export_header
+from .safetensors_file import EXPORT_KEY, FORMAT_VERSION, read_export_header
+from .selecting import HEADS
 
-FORMAT_VERSION = 1
 _STATED_BY_CALLER = ("statistics", "provenance")
 
 
@@ -41,11 +41,14 @@ def export_backbone(
         The path.
 
     Raises:
-        ValueError: If the suffix, a key of ``metadata`` or the statistics are wrong.
+        ValueError: If the suffix, a key of ``metadata``, the statistics or a head's name are wrong.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"exports are safetensors; name the file *.safetensors instead of {path}")
+    unknown_heads = sorted(set(heads or {}) - set(HEADS))
+    if unknown_heads:
+        raise ValueError(f"unknown heads {unknown_heads}; expected {' and '.join(HEADS)}")
     header = _header(backbone, metadata or {})
     prefix = "backbone." if heads else ""
     parts = {prefix: backbone, **{f"{name}.": head for name, head in (heads or {}).items()}}

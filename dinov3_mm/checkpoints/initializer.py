@@ -2,6 +2,7 @@
 
 import os
 
+from mmengine.model import update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 
@@ -39,9 +40,12 @@ class DINOv3Pretrained:
 
     def __call__(self, module: nn.Module) -> None:
         """Load the weights into ``module``; all of it or nothing."""
-        load_backbone_weights(
+        report = load_backbone_weights(
             module,
             self.checkpoint,
             periods=self.periods,
             reset_bias_mask=self.reset_bias_mask,
         )
+        # MMEngine lists this for every parameter when a whole model is initialised.
+        if hasattr(module, "_params_init_info"):
+            update_init_info(module, init_info=f"{type(self).__name__}: {report}")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from .distributed_folder import open_distributed_folder
-from .safetensors_file import open_index, open_safetensors
+from .safetensors_file import is_safetensors, open_index, open_safetensors
 from .source import OpenedCheckpoint
 from .torch_file import open_torch_file
 
@@ -39,8 +39,7 @@ def open_checkpoint(path: str | os.PathLike) -> OpenedCheckpoint:
     is_zip = head.startswith(b"PK\x03\x04")
     if is_zip or head.startswith(b"\x80"):
         return open_torch_file(path, is_zip=is_zip)
-    # A safetensors file begins with eight bytes of length, then a JSON object.
-    if head[8:9] == b"{":
+    if is_safetensors(path):
         return open_safetensors(path)
     if head.lstrip().startswith(b"{"):
         return open_index(path)

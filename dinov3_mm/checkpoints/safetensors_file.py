@@ -11,6 +11,13 @@ from torch import Tensor
 from .source import OpenedCheckpoint, first_line, read_config, read_json
 
 EXPORT_KEY = "dinov3_mm"
+FORMAT_VERSION = 1
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins like safetensors: eight bytes of length, then a JSON object."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def open_safetensors(path: Path) -> OpenedCheckpoint:
@@ -21,7 +28,7 @@ def open_safetensors(path: Path) -> OpenedCheckpoint:
     """
     with _opened(path) as file:
         location = dict.fromkeys(file.keys(), path)
-        export = _export_header(file)
+        export = _export_header(file, path)
     # An export says all about itself; a config.json beside it belongs to something else.
     config = {} if export else read_config(path.parent)
     return OpenedCheckpoint(
@@ -62,14 +69,25 @@ def open_index(path: Path) -> OpenedCheckpoint:
 
 
 def read_export_header(path: Path) -> dict[str, Any]:
-    """JSON that our exports carry in their safetensors header; empty for any other file."""
+    """JSON that our exports carry in their safetensors header; empty for any other file.
+
+    Raises:
+        ValueError: If the file is truncated or damaged, or from a later version of this project.
+    """
+    if not is_safetensors(path):
+        return {}
     with _opened(path) as file:
-        return _export_header(file)
+        return _export_header(file, path)
 
 
-def _export_header(file: safe_open) -> dict[str, Any]:
-    metadata = file.metadata() or {}
-    return json.loads(metadata[EXPORT_KEY]) if EXPORT_KEY in metadata else {}
+def _export_header(file: safe_open, path: Path) -> dict[str, Any]:
+    header = json.loads((file.metadata() or {}).get(EXPORT_KEY, "{}"))
+    if header.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {header['format_version']}; this version of dinov3_mm "
+            f"reads up to {FORMAT_VERSION}, install a later one"
+        )
+    return header
 
 
 def _opened(path: Path) -> safe_open:

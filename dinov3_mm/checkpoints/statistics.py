@@ -65,19 +65,10 @@ def read_statistics(path: str | os.PathLike) -> Statistics:
 
 def find_statistics(path: Path) -> Statistics | None:
     """As :func:`read_statistics`, but None where nothing states the normalisation."""
-    stated = _exported(path)
+    stated = read_export_header(path).get("statistics") if path.is_file() else None
     if stated is not None:
         return named_statistics(stated["mean"], stated["std"])
     return _tagged(path) or _configured(path if path.is_dir() else path.parent)
-
-
-def _exported(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        if file.read(9)[8:] != b"{":
-            return None
-    return read_export_header(path).get("statistics")
 
 
 def _tagged(path: Path) -> Statistics | None:
