@@ -256,3 +256,42 @@ def test_collapse_guard_needs_diagnoses():
 def test_bad_arguments_are_refused(hook, arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         hook(**arguments)
+
+
+class LateFlag:
+    """Stands for a flag on its way from a GPU: it can be read, but nobody should at once."""
+
+    is_late = True
+
+    def __init__(self, flag):
+        self.value = bool(flag)
+
+    def read(self):
+        return self.value
+
+
+def test_late_flag_is_read_before_the_next_step_changes_anything(tmp_path, monkeypatch):
+    monkeypatch.setattr("dinov3_mm.engine.hooks.guards._PendingFlag", LateFlag)
+    hooks = [TeacherEMAHook(0.9, 0.07), NonFiniteGuardHook()]
+    runner = ToyRunner(ToyAlgorithm(), hooks, max_iters=4, work_dir=tmp_path)
+    for hook in runner.hooks:
+        hook.before_train(runner)
+    runner.step()
+    before = copy.deepcopy(runner.model.state_dict())
+    runner.step(bad_at(1))
+    assert not (tmp_path / "captures").exists()
+    runner.step()
+    state = torch.load(tmp_path / "captures/iter_00000001.pt", weights_only=True)
+    for name, value in before.items():
+        assert torch.equal(state["state_dict"][name], value)
+    assert not torch.equal(
+        runner.model.student["backbone"].weight, before["student.backbone.weight"]
+    )
+
+
+def test_late_flag_of_the_last_step_is_read_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("dinov3_mm.engine.hooks.guards._PendingFlag", LateFlag)
+    non_finite_run(tmp_path, bad_at(5))
+    assert captures(tmp_path) == ["iter_00000005.pt"]
+    with pytest.raises(TrainingStoppedError):
+        non_finite_run(tmp_path, bad_at(3, 4, 5))
