@@ -1,0 +1,161 @@
+"""Images and labels of a source as tensors: one geometry for evaluation inputs and their masks."""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from .metrics import IGNORE_INDEX
+
+
+class ImageSource(Protocol):
+    """What evaluation needs of a data set; labelled ones add ``label(i)``/``semantic_mask(i)``."""
+
+    def __len__(self) -> int: ...
+
+    def load_image(self, index: int) -> np.ndarray:
+        """RGB image (H, W, 3) uint8."""
+        ...
+
+
+class CachedImages(Dataset, ABC):
+    """(3, S, S) uint8 tensors by index, kept in memory after the first reading if asked to.
+
+    Subclasses define ``read(index)``. The cache fills in the process that loads: it serves loaders
+    with ``num_workers=0``.
+    """
+
+    def __init__(self, source: ImageSource, cache: bool) -> None:
+        if not len(source):
+            raise ValueError(f"{type(source).__name__} holds no images: nothing to evaluate")
+        self.source = source
+        self._cache: dict[int, Tensor] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self._cache is None:
+            return self.read(index)
+        if index not in self._cache:
+            self._cache[index] = self.read(index)
+        return self._cache[index]
+
+    @abstractmethod
+    def read(self, index: int) -> Tensor:
+        """Load and transform one image: (3, S, S) uint8."""
+
+
+class ImageSet(CachedImages):
+    """Square evaluation inputs of a source: (3, S, S) uint8 tensors by index.
+
+    The short side is resized to ``resize_size`` (bicubic, antialiased) and the centre
+    ``image_size`` x ``image_size`` is cut out. ``resize_size`` defaults to ``image_size``, which
+    keeps the whole short side; the ImageNet protocol of the DINO papers is 224 out of 256.
+
+    Args:
+        source: images by ``load_image(i)``.
+        image_size: side S of the result.
+        resize_size: length of the short side before the crop, at least ``image_size``.
+        cache: keep the inputs (3 * S * S bytes each), for sets that are read many times.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        image_size: int,
+        resize_size: int | None = None,
+        *,
+        cache: bool = False,
+    ) -> None:
+        super().__init__(source, cache)
+        self.image_size = int(image_size)
+        self.resize_size = int(resize_size or image_size)
+        if not 0 < self.image_size <= self.resize_size:
+            raise ValueError(
+                f"image_size {image_size} must be positive and at most resize_size {resize_size}"
+            )
+
+    def read(self, index: int) -> Tensor:
+        """Image (3, S, S) uint8."""
+        return self._square(to_chw(self.source.load_image(index)), InterpolationMode.BICUBIC)
+
+    def mask(self, index: int) -> Tensor:
+        """Semantic labels (S, S) int64 in the geometry of the image (nearest neighbour)."""
+        mask = torch.from_numpy(np.asarray(self.source.semantic_mask(index), dtype=np.int64))
+        return self._square(mask[None], InterpolationMode.NEAREST_EXACT)[0]
+
+    def _square(self, image: Tensor, interpolation: InterpolationMode) -> Tensor:
+        if min(image.shape[-2:]) != self.resize_size:
+            image = TF.resize(image, [self.resize_size], interpolation=interpolation)
+        return TF.center_crop(image, [self.image_size, self.image_size]).contiguous()
+
+
+def to_chw(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 array to a (3, H, W) uint8 tensor.
+
+    Raises:
+        TypeError: if the array is not 8-bit RGB.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise TypeError(f"expected an (H, W, 3) uint8 image, got {image.shape} {image.dtype}")
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def class_labels(source: ImageSource) -> Tensor:
+    """Class index of every image of a labelled source, (N,) int64.
+
+    Raises:
+        TypeError: if the source has no ``label(i)``.
+        ValueError: if a label is negative (an unlabelled image).
+    """
+    if not hasattr(source, "label"):
+        raise TypeError(
+            f"{type(source).__name__} has no label(i): class evaluation needs a labelled source; "
+            "for unlabelled images use two-crop retrieval"
+        )
+    labels = [source.label(index) for index in range(len(source))]
+    unlabelled = next((i for i, label in enumerate(labels) if label is None or label < 0), None)
+    if unlabelled is not None:
+        raise ValueError(
+            f"image {unlabelled} of {type(source).__name__} has label {labels[unlabelled]}: "
+            "class evaluation needs a class index >= 0 for every image"
+        )
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+def patch_labels(
+    masks: Tensor, patch_size: int, num_classes: int, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """Majority label of every patch: masks (N, S, S) int64 -> (N, S/p, S/p) int64.
+
+    Ignored pixels do not vote; a patch with more than half of its pixels ignored is ignored. Ties
+    go to the lower class index.
+
+    Raises:
+        ValueError: if S is no multiple of the patch size or a label is out of range.
+    """
+    num, height, width = masks.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"mask size {height}x{width} is no multiple of patch size {patch_size}")
+    ignored = masks == ignore_index
+    valid = masks[~ignored]
+    if valid.numel() and not (valid.min() >= 0 and valid.max() < num_classes):
+        raise ValueError(
+            f"mask labels span [{valid.min()}, {valid.max()}], expected [0, {num_classes - 1}] or "
+            f"the ignore index {ignore_index}"
+        )
+    rows, columns, area = height // patch_size, width // patch_size, patch_size**2
+    pixels = masks.masked_fill(ignored, num_classes)  # one more bin for the ignored ones
+    pixels = pixels.view(num, rows, patch_size, columns, patch_size)
+    pixels = pixels.transpose(2, 3).reshape(-1, area)  # (patches, pixels)
+    counts = pixels.new_zeros(len(pixels), num_classes + 1)
+    counts.scatter_add_(1, pixels, torch.ones_like(pixels))
+    labels = counts[:, :num_classes].argmax(dim=1)
+    labels[2 * counts[:, num_classes] > area] = ignore_index
+    return labels.view(num, rows, columns)

@@ -1,0 +1,95 @@
+"""Two-crop retrieval: is an image recognised from another view of it? Needs no labels."""
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from .images import CachedImages, ImageSource, to_chw
+from .knn import nearest_neighbours
+
+
+class RandomViews(CachedImages):
+    """One augmented view of every image: random crop, flip, colour change, sometimes greyscale.
+
+    View ``view`` of image ``index`` is a function of (seed, index, view) only, so that runs and
+    ranks see the same views. The augmentation is fixed and does not follow the training's, which
+    keeps scores of different recipes comparable.
+
+    Args:
+        source: images by ``load_image(i)``, (H, W, 3) uint8.
+        image_size: side S of the (3, S, S) uint8 views.
+        view: which view, 0 or 1 for a retrieval pair.
+        seed: start of the random streams.
+        min_area: smallest area of the crop as a share of the image.
+        cache: keep views in memory.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        image_size: int,
+        view: int,
+        *,
+        seed: int = 0,
+        min_area: float = 0.25,
+        cache: bool = False,
+    ) -> None:
+        if not 0 < min_area <= 1:
+            raise ValueError(f"min_area must be in (0, 1], got {min_area}")
+        if len(source) < 2:
+            raise ValueError(f"retrieval needs at least two images, got {len(source)}")
+        super().__init__(source, cache)
+        self.image_size, self.view = int(image_size), int(view)
+        self.seed, self.min_area = seed, min_area
+
+    def read(self, index: int) -> Tensor:
+        """View (3, S, S) uint8."""
+        rng = np.random.default_rng([self.seed, index, self.view])
+        image = _random_crop(self.source.load_image(index), self.image_size, self.min_area, rng)
+        if rng.random() < 0.5:
+            image = image[:, ::-1]
+        return to_chw(_random_colour(image, rng))
+
+
+def _random_crop(
+    image: np.ndarray, size: int, min_area: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Crop of a random area and aspect ratio (3/4 to 4/3), resized to ``size`` x ``size``."""
+    height, width = image.shape[:2]
+    area = rng.uniform(min_area, 1) * height * width
+    ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    crop_w = int(np.clip(round(np.sqrt(area * ratio)), 1, width))
+    crop_h = int(np.clip(round(np.sqrt(area / ratio)), 1, height))
+    top, left = rng.integers(height - crop_h + 1), rng.integers(width - crop_w + 1)
+    crop = image[top : top + crop_h, left : left + crop_w]
+    shrinking = crop_h > size or crop_w > size
+    mode = cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
+    return cv2.resize(crop, (size, size), interpolation=mode)
+
+
+def _random_colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast, saturation by factors in [0.6, 1.4]; grey with probability 0.2."""
+    brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
+    saturation = 0.0 if rng.random() < 0.2 else saturation
+    values = image.astype(np.float32) * brightness
+    values = (values - values.mean()) * contrast + values.mean()
+    grey = (values @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+    values = grey + (values - grey) * saturation
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def two_crop_retrieval(first: Tensor, second: Tensor) -> float:
+    """Top-1 in percent: first views whose nearest second view (cosine) is that of the same image.
+
+    Args:
+        first, second: (N, D) features of the two views, image by image. Chance is 100 / N.
+    """
+    if first.shape != second.shape or len(first) < 2:
+        raise ValueError(
+            f"need two equal (N, D) matrices with N >= 2, got {tuple(first.shape)} and "
+            f"{tuple(second.shape)}"
+        )
+    _, nearest = nearest_neighbours(first, second, 1)
+    own = torch.arange(len(first), device=first.device)
+    return 100 * (nearest[:, 0] == own).double().mean().item()
