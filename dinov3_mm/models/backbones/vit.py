@@ -167,6 +167,7 @@ class DINOv3ViT(BaseModule):
         self.out_type = out_type
         self.final_norm = final_norm
         self.frozen_stages = frozen_stages
+        self.attn_backend = attn_backend
         self.with_cp = with_cp
         self._build_modules(
             shift_coords=rope_shift_coords,
@@ -214,6 +215,7 @@ class DINOv3ViT(BaseModule):
             "norm_layer",
         )
         block_settings = {key: settings[key] for key in block_keys}
+        block_settings["attn_backend"] = self.attn_backend
         self.blocks = nn.ModuleList(
             Block(dims, self.num_heads, **block_settings) for _ in range(self.num_layers)
         )

@@ -1,13 +1,15 @@
 """Building blocks of the backbones; they know torch only."""
 
-from .attention import MaskedKBiasLinear, RopeTables, SelfAttention, SequenceShape
+from .attention import ATTN_BACKENDS, MaskedKBiasLinear, SelfAttention
 from .block import Block, ImageSubset, LayerScale, draw_subset
 from .feed_forward import FFN_LAYERS, Mlp, SwiGLU, build_ffn, ffn_hidden_dims
 from .norm import NORM_LAYERS, LayerNorm, RMSNorm, build_norm
 from .patch_embed import PatchEmbed
-from .rope import RotaryEmbedding2D, rotate
+from .rope import RopeTables, RotaryEmbedding2D
+from .rotation import SequenceShape, rotate_packed_qkv
 
 __all__ = [
+    "ATTN_BACKENDS",
     "FFN_LAYERS",
     "NORM_LAYERS",
     "Block",
@@ -27,5 +29,5 @@ __all__ = [
     "build_norm",
     "draw_subset",
     "ffn_hidden_dims",
-    "rotate",
+    "rotate_packed_qkv",
 ]

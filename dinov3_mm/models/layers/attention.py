@@ -1,13 +1,15 @@
 """Self-attention over packed sequences of different lengths."""
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .rope import rotate
+from .rope import RopeTables
+from .rotation import QueryKeyValue, SequenceShape, rotate_packed_qkv
 
-RopeTables = tuple[Tensor, Tensor]
-SequenceShape = tuple[int, int]  # (images, tokens per image)
+ATTN_BACKENDS = ("auto", "sdpa", "xformers")
 
 
 class MaskedKBiasLinear(nn.Linear):
@@ -35,7 +37,18 @@ class MaskedKBiasLinear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention within each image of a packed batch."""
+    """Multi-head self-attention within each image of a packed batch.
+
+    Args:
+        dims, num_heads: width and heads.
+        qkv_bias, proj_bias: biases of the two projections.
+        mask_k_bias: see :class:`MaskedKBiasLinear`; without ``qkv_bias`` there is nothing to mask.
+        backend: 'sdpa' calls torch's attention once per entry; 'xformers' makes one call with a
+            block-diagonal mask; 'auto' takes xformers for several entries on CUDA if it is there.
+
+    Raises:
+        ImportError: if the backend is 'xformers' and it is not installed.
+    """
 
     def __init__(
         self,
@@ -45,9 +58,19 @@ class SelfAttention(nn.Module):
         qkv_bias: bool = True,
         mask_k_bias: bool = False,
         proj_bias: bool = True,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        if backend not in ATTN_BACKENDS:
+            raise ValueError(f"attn_backend is {backend!r}; expected one of {ATTN_BACKENDS}")
         self.num_heads = num_heads
+        self.backend = backend
+        self.has_xformers = importlib.util.find_spec("xformers") is not None
+        if backend == "xformers" and not self.has_xformers:
+            raise ImportError(
+                "attn_backend is 'xformers', which is not installed; install the extra "
+                "'dinov3_mm[gpu]' or use attn_backend='auto'"
+            )
         if mask_k_bias and qkv_bias:
             self.qkv = MaskedKBiasLinear(dims, 3 * dims)
         else:
@@ -62,16 +85,32 @@ class SelfAttention(nn.Module):
             shapes: (images, tokens) of each packed entry.
             tables: RoPE sine and cosine of each entry.
         """
-        qkv = self.qkv(x)
-        sizes = [images * tokens for images, tokens in shapes]
-        outputs = [
-            self._attend(entry.view(*shape, 3, self.num_heads, -1), *table).flatten(0, 1)
-            for entry, shape, table in zip(qkv.split(sizes), shapes, tables, strict=True)
-        ]
-        return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        entries = rotate_packed_qkv(self.qkv(x), self.num_heads, shapes, tables)
+        attend = attend_block_diagonal if self._use_xformers(x, shapes) else attend_per_entry
+        return self.proj(attend(entries))
 
-    def _attend(self, qkv: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-        q, k, v = qkv.unbind(2)  # (B, T, heads, head_dims) each
-        q, k = rotate(q, sin, cos), rotate(k, sin, cos)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    def _use_xformers(self, x: Tensor, shapes: list[SequenceShape]) -> bool:
+        if self.backend == "auto":
+            return self.has_xformers and x.is_cuda and len(shapes) > 1
+        return self.backend == "xformers"
+
+
+def attend_per_entry(entries: list[QueryKeyValue]) -> Tensor:
+    """Torch's attention for each entry; returns packed tokens (sum of images * tokens, D)."""
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1)
+        for q, k, v in entries
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attend_block_diagonal(entries: list[QueryKeyValue]) -> Tensor:
+    """One xformers call for all entries; returns packed tokens (sum of images * tokens, D)."""
+    from xformers.ops import fmha, memory_efficient_attention
+
+    lengths = [q.shape[2] for q, _, _ in entries for _ in range(q.shape[0])]
+    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths)
+    packed = [
+        torch.cat([t.transpose(1, 2).flatten(0, 1) for t in parts])[None] for parts in zip(*entries)
+    ]  # (1, tokens of all images, heads, head_dims)
+    return memory_efficient_attention(*packed, attn_bias=mask)[0].flatten(1)

@@ -5,9 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import RopeTables, SelfAttention, SequenceShape
+from .attention import SelfAttention
 from .feed_forward import build_ffn
 from .norm import build_norm
+from .rope import RopeTables
+from .rotation import SequenceShape
 
 
 class LayerScale(nn.Module):
@@ -25,6 +27,10 @@ class LayerScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scale ``x`` (..., D)."""
         return x * self.gamma.to(x.dtype)
+
+    def add_residual(self, x: Tensor, branch: Tensor) -> Tensor:
+        """``x`` plus the scaled ``branch``, in one pass."""
+        return torch.addcmul(x, branch, self.gamma.to(x.dtype))
 
 
 class ImageSubset(NamedTuple):
@@ -56,7 +62,7 @@ class Block(nn.Module):
     Args:
         dims, num_heads: width and heads.
         ffn_layer, ffn_ratio, ffn_bias: see :func:`build_ffn`.
-        qkv_bias, mask_k_bias, proj_bias: see :class:`SelfAttention`.
+        qkv_bias, mask_k_bias, proj_bias, attn_backend: see :class:`SelfAttention`.
         layer_scale_init_value: 0 leaves LayerScale out.
         norm_layer: see :func:`build_norm`.
     """
@@ -74,6 +80,7 @@ class Block(nn.Module):
         proj_bias: bool = True,
         layer_scale_init_value: float = 0.0,
         norm_layer: str = "layernorm",
+        attn_backend: str = "auto",
     ) -> None:
         super().__init__()
 
@@ -84,7 +91,12 @@ class Block(nn.Module):
 
         self.norm1 = build_norm(norm_layer, dims)
         self.attn = SelfAttention(
-            dims, num_heads, qkv_bias=qkv_bias, mask_k_bias=mask_k_bias, proj_bias=proj_bias
+            dims,
+            num_heads,
+            qkv_bias=qkv_bias,
+            mask_k_bias=mask_k_bias,
+            proj_bias=proj_bias,
+            backend=attn_backend,
         )
         self.ls1 = layer_scale()
         self.norm2 = build_norm(norm_layer, dims)
@@ -108,15 +120,21 @@ class Block(nn.Module):
             attn_subset, ffn_subset: images that take part in each branch; None means all.
         """
         if attn_subset is None:
-            x = x + self.ls1(self.attn(self.norm1(x), shapes, tables))
+            x = _add_residual(x, self.attn(self.norm1(x), shapes, tables), self.ls1)
         else:
             kept = _gather(x, shapes, attn_subset)
             branch = self.ls1(self.attn(self.norm1(kept), attn_subset.shapes, tables))
             x = _add_to_subset(x, branch, shapes, attn_subset)
         if ffn_subset is None:
-            return x + self.ls2(self.mlp(self.norm2(x)))
+            return _add_residual(x, self.mlp(self.norm2(x)), self.ls2)
         branch = self.ls2(self.mlp(self.norm2(_gather(x, shapes, ffn_subset))))
         return _add_to_subset(x, branch, shapes, ffn_subset)
+
+
+def _add_residual(x: Tensor, branch: Tensor, layer_scale: nn.Module) -> Tensor:
+    if isinstance(layer_scale, LayerScale):
+        return layer_scale.add_residual(x, branch)
+    return x + branch
 
 
 def _split_images(x: Tensor, shapes: list[SequenceShape]) -> list[Tensor]:

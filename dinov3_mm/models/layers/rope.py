@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+RopeTables = tuple[Tensor, Tensor]  # sine and cosine
+
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NORMALIZATIONS = ("separate", "min", "max")
 
@@ -74,7 +76,7 @@ class RotaryEmbedding2D(nn.Module):
         self.rescale_coords = rescale_coords
         self.dtype = _DTYPES[dtype]
         self.register_buffer("periods", torch.empty(head_dims // 4, dtype=self.dtype))
-        self._cache: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._cache: dict[tuple[int, int], RopeTables] = {}
         self._cache_source: tuple | None = None
         self.init_weights()
 
@@ -97,7 +99,7 @@ class RotaryEmbedding2D(nn.Module):
             periods = ratio**exponents / ratio * self.max_period
         self.periods.copy_(periods)
 
-    def forward(self, height: int, width: int, *, augment: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, height: int, width: int, *, augment: bool = False) -> RopeTables:
         """Tables for a grid of ``height`` x ``width`` patches.
 
         Tables without augmentation are cached until the periods change.
@@ -106,7 +108,8 @@ class RotaryEmbedding2D(nn.Module):
             augment: draw the configured augmentation anew (from torch's default generator).
 
         Returns:
-            ``(sin, cos)``, each (height * width, head_dims) in the RoPE dtype, patches row by row.
+            ``(sin, cos)`` for one half of the channels, each (height * width, head_dims / 2) in the
+            RoPE dtype, patches row by row.
         """
         if augment and self.augmented:
             return self._tables(self._augment(self._coordinates(height, width)))
@@ -114,7 +117,7 @@ class RotaryEmbedding2D(nn.Module):
             return self._tables(self._coordinates(height, width))
         return self._cached_tables(height, width)
 
-    def _cached_tables(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def _cached_tables(self, height: int, width: int) -> RopeTables:
         # Loading writes the periods in place, moving or casting replaces the tensor.
         source = (self.periods, self.periods._version)
         if self._cache_source is None or not (
@@ -153,23 +156,6 @@ class RotaryEmbedding2D(nn.Module):
             coordinates = coordinates * draw(1, math.log(self.rescale_coords)).exp()
         return coordinates
 
-    def _tables(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        angles = 2 * math.pi * coordinates[:, :, None] / self.periods
-        angles = angles.flatten(1, 2).tile(2)  # (N, head_dims): y, x, y, x
+    def _tables(self, coordinates: Tensor) -> RopeTables:
+        angles = (2 * math.pi * coordinates[:, :, None] / self.periods).flatten(1)  # all y, all x
         return angles.sin(), angles.cos()
-
-
-def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Rotate the last tokens of ``x`` (..., T, heads, head_dims) by tables (N, head_dims), N <= T.
-
-    The leading T - N tokens (CLS and registers) keep their place but, like the others, pass
-    through the dtype of the tables. The result has the dtype of ``x``.
-    """
-    dtype = x.dtype
-    num_prefix = x.shape[-3] - sin.shape[0]
-    x = x.to(sin.dtype)
-    prefix, patches = x[..., :num_prefix, :, :], x[..., num_prefix:, :, :]
-    first, second = patches.chunk(2, dim=-1)
-    swapped = torch.cat((-second, first), dim=-1)
-    patches = patches * cos[:, None] + swapped * sin[:, None]
-    return torch.cat((prefix, patches), dim=-3).to(dtype)
