@@ -19,7 +19,7 @@ from dinov3_mm.datasets.randomness import torch_seed
 from dinov3_mm.datasets.samplers import PositionBatchSampler
 from dinov3_mm.datasets.source_check import check_source
 
-_LOADER_KEYS = (
+LOADER_KEYS = (
     "source",
     "transform",
     "masking",
@@ -30,7 +30,7 @@ _LOADER_KEYS = (
     "pin_memory",
     "prefetch_factor",
 )
-_MASKING_KEYS = ("patch_size", "mask_probability", "mask_ratio", "random_shift", "mask_scope")
+MASKING_KEYS = ("patch_size", "mask_probability", "mask_ratio", "random_shift", "mask_scope")
 _MAX_DEFAULT_WORKERS = 8
 
 
@@ -90,13 +90,13 @@ def build_pretrain_dataloader(
         ValueError: If a key is unknown, a crop size is not divisible by the patch size, the batch
             cannot be cut evenly, or the images do not fit the crops.
     """
-    check_keys(cfg, _LOADER_KEYS, "train_dataloader")
+    check_keys(cfg, LOADER_KEYS, "train_dataloader")
     if "source" not in cfg:
         raise ValueError(
             "train_dataloader needs a 'source', e.g. dict(type='ImageFolder', root=...)"
         )
     masking = {"patch_size": 16, **cfg.get("masking", {})}
-    check_keys(masking, _MASKING_KEYS, "train_dataloader.masking")
+    check_keys(masking, MASKING_KEYS, "train_dataloader.masking")
     sampler = PositionBatchSampler(
         global_batch_size,
         rank,

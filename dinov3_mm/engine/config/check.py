@@ -9,8 +9,10 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 
 from mmengine import registry as registries
+from mmengine._strategy import BaseStrategy
 from mmengine.registry import RUNNERS, Registry
 
+from dinov3_mm.datasets.loader import LOADER_KEYS, MASKING_KEYS
 from dinov3_mm.datasets.samplers import BatchLayout
 from dinov3_mm.engine.config.defaults import DEFAULT_PATCH_SIZE, patch_size_of
 from dinov3_mm.engine.config.signature import accepted_keywords
@@ -64,7 +66,7 @@ def check_config(cfg: Mapping, *, world_size: int = 1) -> None:
             ``type`` that is in no registry, an argument that its ``type`` does not take, a global
             batch that the processes and micro batches do not divide, two places that disagree.
     """
-    findings = [*_check_top_level(cfg)]
+    findings = [*_check_top_level(cfg), *_check_untyped(cfg)]
     if "global_batch_size" in (cfg.get("train_cfg") or {}):
         findings += [*_check_batch(cfg, world_size), *_check_patch_size(cfg)]
     for key, value in cfg.items():
@@ -82,6 +84,19 @@ def runner_keys(cfg: Mapping) -> frozenset[str]:
             f"runner_type: unknown runner {cfg['runner_type']!r}; {hint(cfg['runner_type'], known)}"
         )
     return frozenset(inspect.signature(runner).parameters) - {"cfg"} | CONFIG_KEYS
+
+
+def untyped_keys(cfg: Mapping) -> dict[str, frozenset[str]]:
+    """Names that may stand in the dicts without ``type`` that a pretraining run reads, by path."""
+    if cfg.get("runner_type") != "FlexibleRunner":
+        return {}
+    environment = accepted_keywords(BaseStrategy._setup_env) - {"self", "launcher", "randomness"}
+    return {
+        "env_cfg": environment,
+        "randomness": accepted_keywords(BaseStrategy._set_randomness) - {"self"},
+        "train_dataloader": frozenset(LOADER_KEYS),
+        "train_dataloader.masking": frozenset(MASKING_KEYS),
+    }
 
 
 def accepted_at(owner: Mapping, key: str | None) -> frozenset[str] | None:
@@ -102,6 +117,15 @@ def _check_top_level(cfg: Mapping) -> Iterator[str]:
         meant = None if key in known else nearest(key, known, cutoff=_TYPO_CUTOFF)
         if meant is not None:
             yield f"{key}: not a Runner key, did you mean {meant!r}? (a helper needs another name)"
+
+
+def _check_untyped(cfg: Mapping) -> Iterator[str]:
+    for path, known in untyped_keys(cfg).items():
+        node: Mapping | None = cfg
+        for key in path.split("."):
+            node = (node or {}).get(key)
+        for key in (node or {}).keys() - known:
+            yield f"{path}: nobody reads {key!r}; {hint(key, known)}"
 
 
 def _check_batch(cfg: Mapping, world_size: int) -> Iterator[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from mmengine.config import Config, DictAction
 
-from dinov3_mm.engine.config.check import ConfigError, accepted_at, runner_keys
+from dinov3_mm.engine.config.check import ConfigError, accepted_at, runner_keys, untyped_keys
 from dinov3_mm.engine.config.suggest import hint
 
 
@@ -68,18 +68,21 @@ def _check_path(cfg: Config, path: str) -> str | None:
     *parents, leaf = path.split(".")
     owner_key = None
     for depth, key in enumerate([*parents, leaf]):
-        known = _children(cfg, node, owner_key, is_leaf=depth == len(parents))
+        place = ".".join(parents[:depth])
+        known = _children(cfg, node, owner_key, place, is_leaf=depth == len(parents))
         if known is not None and key not in known:
-            where = ".".join(parents[:depth]) or "the config"
-            return f"--cfg-options {path}: {where} has no {key!r}; {hint(key, known)}"
+            owner = place or "the config"
+            return f"--cfg-options {path}: {owner} has no {key!r}; {hint(key, known)}"
         if depth < len(parents):
             node = node[int(key) if isinstance(node, list) else key]
             owner_key = owner_key if key.isdigit() else key
     return None
 
 
-def _children(cfg: Config, node: object, key: str | None, *, is_leaf: bool) -> set[str] | None:
-    """Names that may follow at ``node``; None when any may."""
+def _children(
+    cfg: Config, node: object, owner_key: str | None, place: str, *, is_leaf: bool
+) -> set[str] | None:
+    """Names that may follow at ``node``, which is at ``place``; None when any may."""
     if isinstance(node, list):
         return {str(index) for index in range(len(node))}
     if not isinstance(node, (Mapping, Config)):
@@ -90,6 +93,6 @@ def _children(cfg: Config, node: object, key: str | None, *, is_leaf: bool) -> s
     if node is cfg:
         return names | runner_keys(cfg)
     if "type" not in node:
-        return names
-    accepted = accepted_at(node, key)
+        return names | untyped_keys(cfg).get(place, frozenset())
+    accepted = accepted_at(node, owner_key)
     return None if accepted is None else names | accepted

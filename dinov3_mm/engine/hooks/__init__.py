@@ -1,0 +1,26 @@
+"""Hooks: the life cycle of the model's parts, schedules, checkpoints, progress, evaluation."""
+
+from .checkpoint import PretrainCheckpointHook
+from .diagnosis import DiagnosisHook
+from .evaluation import DenseProbeHook, KNNEvalHook, RetrievalEvalHook
+from .export import ExportTeacherHook
+from .gram_anchor import GramAnchorHook
+from .guards import CollapseGuardHook, NonFiniteGuardHook
+from .logging import ProgressHook
+from .schedule import OptimScheduleHook
+from .teacher_ema import TeacherEMAHook
+
+__all__ = [
+    "CollapseGuardHook",
+    "DenseProbeHook",
+    "DiagnosisHook",
+    "ExportTeacherHook",
+    "GramAnchorHook",
+    "KNNEvalHook",
+    "NonFiniteGuardHook",
+    "OptimScheduleHook",
+    "PretrainCheckpointHook",
+    "ProgressHook",
+    "RetrievalEvalHook",
+    "TeacherEMAHook",
+]

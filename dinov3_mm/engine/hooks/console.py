@@ -54,6 +54,7 @@ class ProgressBar:
 
     def close(self) -> None:
         """Give the terminal back."""
+        atexit.unregister(self.close)
         self._progress.stop()
         for handler in self._handlers:
             handler.setStream(sys.stdout)

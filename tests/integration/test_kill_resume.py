@@ -1,0 +1,48 @@
+"""A run that is killed with SIGKILL, in a step and inside a checkpoint write, loses nothing.
+
+``tests/acceptance/kill_resume.py`` is the longer version with five kills.
+"""
+
+import signal
+import time
+
+import pytest
+
+from dinov3_mm.engine.runner.files import list_checkpoints
+from tests.integration.toy_run import start_training, toy_config, train, write_images
+from tests.integration.traces import different_tensors, read_trace
+
+
+@pytest.mark.slow
+def test_killed_twice(tmp_path):
+    images = write_images(tmp_path / "images")
+    cfg = toy_config(images, tmp_path / "killed")
+    cfg.custom_imports = dict(imports=["tests.integration.kill_hook"])
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(type="KillWhileSavingHook", iteration=6)]
+    config = tmp_path / "killed.py"
+    cfg.dump(config)
+
+    run = start_training(config)
+    output, _ = run.communicate()
+    assert run.returncode == -signal.SIGKILL, output
+    assert list(list_checkpoints(tmp_path / "killed")) == [3]
+    assert list((tmp_path / "killed" / "checkpoints").glob(".*.partial"))
+
+    run = start_training(config, "--resume")
+    kill_after(run, tmp_path / "killed", step=8)
+    assert list(list_checkpoints(tmp_path / "killed"))[:2] == [3, 6]
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*.partial"))
+
+    train(cfg, tmp_path, "--resume")
+    train(toy_config(images, tmp_path / "straight"), tmp_path)
+    assert read_trace(tmp_path / "killed") == read_trace(tmp_path / "straight")
+    assert different_tensors(tmp_path / "killed", tmp_path / "straight", 12) == []
+
+
+def kill_after(run, work_dir, *, step: int) -> None:
+    """SIGKILL as soon as the log names ``step``."""
+    while run.poll() is None and step not in read_trace(work_dir):
+        time.sleep(0.001)
+    run.kill()
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL
