@@ -46,7 +46,8 @@ def cache_path(url: str) -> Path:
     """Where the file behind a URL is kept.
 
     Official files, whose names are unique, lie where torch hub puts them. Other names, such as
-    ``model.safetensors``, belong to many models; they get a folder named after their address.
+    ``model.safetensors``, belong to many models; they get a folder named after their address,
+    which also keeps what the address says about the pretraining data.
     """
     parts = urlsplit(url)
     name = Path(parts.path).name
@@ -56,7 +57,8 @@ def cache_path(url: str) -> Path:
     if _hash_prefix(name):
         return cache / name
     address = hashlib.sha256(f"{parts.netloc}{parts.path}".encode()).hexdigest()
-    return cache / address[:12] / name
+    origin = re.sub(r"[^\w.-]+", "--", str(Path(parts.path).parent)).strip("-")
+    return cache / f"{origin[-100:]}--{address[:12]}" / name
 
 
 def _hash_prefix(name: str) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..models.backbones.variants import ZOO
+from .download import local_path
 from .safetensors_file import read_export_header
 from .source import read_config, read_json
 
@@ -41,7 +42,7 @@ def named_statistics(mean: Any, std: Any) -> Statistics:
 
 
 def read_statistics(path: str | os.PathLike) -> Statistics:
-    """Input normalisation that belongs to a weight file or folder; no tensor is read.
+    """Input normalisation that belongs to a weight file, folder or URL; no tensor is read.
 
     Our exports state it. For other files the data tag in the name of the file or of its folders
     decides ('lvd1689m', 'sat493m'), then the preprocessor or model configuration beside it.
@@ -50,7 +51,7 @@ def read_statistics(path: str | os.PathLike) -> Statistics:
         FileNotFoundError: If nothing is there.
         ValueError: If neither the file nor its name states it.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}")
     statistics = find_statistics(path)

@@ -7,8 +7,9 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from dinov3_mm.checkpoints import build_backbone
+from dinov3_mm.checkpoints import build_backbone, read_statistics
 from dinov3_mm.checkpoints.download import cache_path, local_path
 from tests.checkpoints.test_opening import RunsCode
 from tests.checkpoints.toys import assert_same_tensors, tensors_of, toy_backbone
@@ -62,6 +63,14 @@ def test_equal_file_names_of_different_models_do_not_collide(server):
         put(folder / model, {"model": model, "x": torch.ones(1)}, name="model.pth")
     paths = {local_path(f"{address}/{model}/model.pth") for model in ("small", "large")}
     assert len(paths) == 2 and all(path.name == "model.pth" for path in paths)
+
+
+def test_an_address_tells_the_statistics(server):
+    folder, address, _ = server
+    place = "someone/dinov3-vitl16-pretrain-sat493m/resolve/main"
+    (folder / place).mkdir(parents=True)
+    save_file(toy_backbone(1).state_dict(), folder / place / "model.safetensors")
+    assert read_statistics(f"{address}/{place}/model.safetensors").name == "SAT-493M"
 
 
 def test_another_hash_is_refused_and_not_kept(server):

@@ -226,6 +226,29 @@ def test_heads_of_a_teacher_export_are_returned_on_request(tmp_path, state):
         load_weights(tmp_path / "broken.pth", heads=True)
 
 
+def test_a_training_state_gives_its_teacher(tmp_path, state):
+    student = {name: tensor + 1 for name, tensor in state.items()}
+    head = torch.randn(8, 32)
+    training_state = {
+        "format_version": 1,
+        "meta": {"iter": 7, "cfg": "..."},
+        "state_dict": {
+            **{f"student.backbone.{name}": tensor for name, tensor in student.items()},
+            "student.dino_head.mlp.0.weight": head + 1,
+            **{f"teacher.backbone.{name}": tensor for name, tensor in state.items()},
+            "teacher.dino_head.mlp.0.weight": head,
+            **{f"gram_teacher.backbone.{name}": tensor for name, tensor in student.items()},
+            "data_preprocessor.mean": torch.zeros(3),
+        },
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3}]},
+    }
+    torch.save(training_state, tmp_path / "iter_00000007.pth")
+    checkpoint = load_weights(tmp_path / "iter_00000007.pth", heads=True)
+    assert_same_tensors(checkpoint.state_dict, state)
+    assert torch.equal(checkpoint.heads["dino_head"]["mlp.0.weight"], head)
+    assert "ignored: student, gram_teacher, data_preprocessor" in str(checkpoint.report)
+
+
 def test_heads_that_are_not_there_are_an_error(tmp_path, state):
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="a backbone only"):
