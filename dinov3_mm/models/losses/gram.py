@@ -1,4 +1,4 @@
-"""Gram anchoring: patch similarities of the student follow those of a teacher (2508.10104 sec. 4)."""
+"""Gram anchoring: patch similarities of the student follow a teacher (arXiv 2508.10104 sec. 4)."""
 
 import torch
 import torch.nn.functional as F

@@ -20,7 +20,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, temp: f
 
     Args:
         logits: (S, R, K), any floating dtype; gradients flow here and nowhere else.
-        targets: (S, R, K), or (1, R, K) for targets shared by the S entries. Rows need not sum to 1.
+        targets: (S, R, K), or (1, R, K) for targets that the S entries share; rows of any sum.
         weights: float32, broadcastable to (S, R): weight of each row in the sum.
         temp: temperature that divides the logits.
 

@@ -1,5 +1,8 @@
-"""Self-supervised pretraining: the DINOv3 algorithm, its heads, its Gram teacher, its diagnostics."""
+"""Self-supervised pretraining: the DINOv3 algorithm, heads, Gram teacher and diagnostics."""
 
+from .dinov3 import DINOv3
+from .gram_teacher import GramTeacher
 from .head import DINOHead
+from .preprocessor import MultiCropPreprocessor
 
-__all__ = ["DINOHead"]
+__all__ = ["DINOHead", "DINOv3", "GramTeacher", "MultiCropPreprocessor"]

@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.model import BaseModule
+from mmengine.model.weight_init import initialize
 from mmengine.registry import MODELS
 from torch import Tensor
 
@@ -57,7 +58,9 @@ class DINOHead(BaseModule):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        super().init_weights()
+        if self.init_cfg:
+            initialize(self, self.init_cfg)
+        self._is_init = True
 
     def project(self, x: Tensor) -> Tensor:
         """Return the normalised bottleneck features: (..., in_dims) -> (..., bottleneck_dims)."""

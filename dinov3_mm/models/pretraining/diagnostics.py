@@ -1,0 +1,120 @@
+"""How healthy a self-supervised representation is: pure functions of one batch.
+
+With several ranks, ``gather_rows`` first gives each the rows of all.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def gather_rows(x: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks (equal counts) in rank order; ``x`` without ranks."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def assignment_entropy(probs: Tensor) -> Tensor:
+    """Mean entropy of the assignment of a sample to prototypes, in nats.
+
+    Args:
+        probs: (n, K), rows sum to 1.
+
+    Returns:
+        Scalar in [0, ln K]. At ln K every target is uniform: with Sinkhorn-Knopp centring that is
+        what equal features for all images lead to.
+    """
+    return torch.special.entr(probs.float()).sum(-1).mean()
+
+
+@torch.no_grad()
+def prototype_usage(choices: Tensor, num_prototypes: int) -> Tensor:
+    """Number of distinct prototypes that are some sample's first choice, over min(n, K).
+
+    Args:
+        choices: (n,) int64 index of each sample's first choice.
+        num_prototypes: K.
+
+    Returns:
+        Scalar in (0, 1]: 1 when no two samples share a first choice, or all prototypes are chosen.
+    """
+    chosen = torch.zeros(num_prototypes, device=choices.device)
+    return chosen.index_fill_(0, choices, 1.0).sum() / min(len(choices), num_prototypes)
+
+
+@torch.no_grad()
+def feature_rank(features: Tensor) -> Tensor:
+    """RankMe effective rank (arXiv 2210.02885): exp of the entropy of the singular values' shares.
+
+    Args:
+        features: (n, D), uncentred.
+
+    Returns:
+        Scalar between 1 (all features on one line) and min(n, D).
+    """
+    singular = torch.linalg.svdvals(features.float())
+    shares = singular / singular.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.special.entr(shares).sum().exp()
+
+
+@torch.no_grad()
+def feature_spread(features: Tensor) -> Tensor:
+    """Mean over the axes of the standard deviation of the L2-normalised features.
+
+    Args:
+        features: (n, D).
+
+    Returns:
+        Scalar between 0 (all equal) and 1/sqrt(D) (spread evenly over the sphere).
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    return unit.std(dim=0, correction=0).mean()
+
+
+@torch.no_grad()
+def patch_cls_cosine(cls: Tensor, patches: Tensor) -> Tensor:
+    """Mean cosine between the patches of an image and its CLS token.
+
+    Near 1 the patches have lost what is local to them.
+
+    Args:
+        cls: (n, D).
+        patches: (n, N, D).
+    """
+    unit_cls = F.normalize(cls.float(), dim=-1).unsqueeze(1)
+    return (F.normalize(patches.float(), dim=-1) * unit_cls).sum(-1).mean()
+
+
+@torch.no_grad()
+def diagnose(cls: Tensor, patches: Tensor, probs: Tensor) -> dict[str, Tensor]:
+    """All diagnostics of the teacher's view of the global crops.
+
+    Args:
+        cls: (n, D) CLS tokens.
+        patches: (n, N, D) patch tokens.
+        probs: (n, K) Sinkhorn-Knopp assignments of the CLS tokens.
+
+    Returns:
+        Scalars over the batch of all ranks: ``diag/prototype_usage``, ``diag/feature_rank`` and
+        ``diag/cls_spread``; over this rank's images, to be averaged over ranks:
+        ``diag/teacher_entropy`` with its bound ``diag/teacher_entropy_max`` (ln K), and
+        ``diag/patch_cls_cosine``.
+    """
+    num_prototypes = probs.shape[1]
+    features = gather_rows(cls.float())
+    return {
+        "diag/teacher_entropy": assignment_entropy(probs),
+        "diag/teacher_entropy_max": probs.new_full((), math.log(num_prototypes)),
+        "diag/prototype_usage": prototype_usage(gather_rows(probs.argmax(-1)), num_prototypes),
+        "diag/feature_rank": feature_rank(features),
+        "diag/cls_spread": feature_spread(features),
+        "diag/patch_cls_cosine": patch_cls_cosine(cls, patches),
+    }

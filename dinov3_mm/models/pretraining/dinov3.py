@@ -1,0 +1,454 @@
+"""The DINOv3 self-supervised algorithm (arXiv 2508.10104 sections 3 and 4)."""
+
+import copy
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.model.weight_init import initialize
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..backbones.variants import nearest_name
+from ..losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from .diagnostics import diagnose
+from .gram_teacher import GramTeacher, gram_term, resize_to_student
+from .options import (
+    DINO_DEFAULTS,
+    IBOT_DEFAULTS,
+    resolve_gram,
+    resolve_koleo,
+    resolve_options,
+)
+from .student import build_student, load_student
+
+NUM_GLOBAL_CROPS = 2
+STEP_VALUES = ("teacher_temp", "dino_local_weight", "gram_weight")
+COMPUTE_DTYPES = ("fp32", "bf16")
+
+
+class TeacherView(NamedTuple):
+    """What the EMA teacher sees in the global crops: (2B, D), (2B, N, D), (2B, K), (M, K')."""
+
+    cls: Tensor
+    patches: Tensor
+    cls_probs: Tensor
+    patch_probs: Tensor
+
+
+class StudentView(NamedTuple):
+    """What the student sees: CLS before the head (2B, D) and its logits, patches and logits."""
+
+    global_cls: Tensor
+    patches: Tensor
+    global_logits: Tensor
+    local_logits: Tensor
+    patch_logits: Tensor
+
+
+@MODELS.register_module()
+class DINOv3(BaseModel):
+    """Self-distillation of crops (DINO) and masked patches (iBOT), KoLeo and Gram anchoring.
+
+    ``student`` and ``teacher`` hold ``backbone``, ``dino_head`` and ``ibot_head``. The teacher
+    starts as a copy of the student and follows it through :meth:`update_teacher`; hooks give each
+    step its values through :meth:`set_step`. Parameters stay float32.
+
+    The loss is ``w_dino * (c_loc * lambda * L_local + c_glob * L_global) + w_koleo * 2 * L_koleo +
+    w_ibot * L_ibot + w_gram * L_gram``, where ``c_loc`` and ``c_glob`` are the shares of the crop
+    pairs (8/9 and 1/9 for eight local crops).
+
+    Args:
+        backbone: config of the backbone, or the module: ``embed_dims``, ``patch_size`` and
+            ``forward_tokens(images, masks)`` as in ``DINOv3ViT``, no batch normalisation.
+        dino_head: config of the head on CLS tokens; ``in_dims`` follows from the backbone.
+        ibot_head: config of the head on masked patches.
+        dino: ``weight`` (1), ``global_ignore_diagonal`` (True: a global crop is not compared with
+            itself).
+        ibot: ``weight`` (1).
+        koleo: ``weight`` (0.1), ``distributed`` (False: neighbours are searched in the rank's own
+            batch), and for ``distributed``: ``topk`` (1), ``group_size`` (None: the global batch).
+            With weight 0 the term is not computed and reads 0.
+        gram: None for no Gram term, else a dict: ``weight`` (1), ``teacher`` ('frozen': a backbone
+            of its own, which ``GramAnchorHook`` fills and refreshes, on ``gram_crops``; 'ema': the
+            EMA teacher on the global crops), ``normalized`` (True), ``img_level`` (True),
+            ``remove_neg``, ``remove_only_teacher_neg`` (False), ``tokens_used`` ('all', 'masked',
+            'unmasked'), ``compute_stats`` (False), ``resize_method`` ('bicubic', 'bilinear'),
+            ``resize_antialias`` (False).
+        student_temp: temperature of the student's softmax.
+        compute_dtype: 'fp32', or 'bf16' for bfloat16 autocast in backbones and heads; losses are
+            always float32.
+        mask_student: hide the masked patches from the student. Off, the student sees all patches
+            and the iBOT term is still evaluated on the masked ones.
+        start_from: a training state or teacher export with both heads, in any format that
+            ``load_weights`` reads: student and teacher start from it (high-resolution stage).
+        data_preprocessor: default ``MultiCropPreprocessor`` with ImageNet statistics.
+        init_cfg: MMEngine initialisation config for the whole model, applied to the initialised
+            student before the teacher is copied from it.
+
+    Attributes:
+        collect_diagnostics (bool): add the values of
+            :func:`~dinov3_mm.models.pretraining.diagnostics.diagnose` to the losses.
+        gram (dict | None): the settings of the Gram term, completed.
+        step_values (dict): what :meth:`set_step` was given.
+
+    Raises:
+        ValueError: settings that are unknown, out of range or contradict each other; a backbone
+            with batch normalisation, through which the images of a batch would see each other.
+    """
+
+    def __init__(
+        self,
+        backbone: dict | nn.Module,
+        dino_head: dict,
+        ibot_head: dict,
+        *,
+        dino: dict | None = None,
+        ibot: dict | None = None,
+        koleo: dict | None = None,
+        gram: dict | None = None,
+        student_temp: float = 0.1,
+        compute_dtype: str = "fp32",
+        mask_student: bool = True,
+        start_from: str | os.PathLike | None = None,
+        data_preprocessor: dict | nn.Module | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor or dict(type="MultiCropPreprocessor"), init_cfg)
+        self.dino = resolve_options("dino", dino, DINO_DEFAULTS)
+        self.ibot = resolve_options("ibot", ibot, IBOT_DEFAULTS)
+        self.koleo = resolve_koleo(koleo)
+        self.gram = resolve_gram(gram)
+        if student_temp <= 0:
+            raise ValueError(f"student_temp must be positive, got {student_temp}")
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"compute_dtype must be one of {COMPUTE_DTYPES}, got {compute_dtype!r}. float16 is "
+                "not supported: it overflows without loss scaling; use 'bf16'"
+            )
+        self.student_temp = student_temp
+        self.compute_dtype = compute_dtype
+        self.mask_student = mask_student
+        self.start_from = start_from
+        self.collect_diagnostics = False
+        self.step_values: dict[str, float | Tensor] = {}
+
+        self.student = build_student(backbone, dino_head, ibot_head)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        if self.gram is not None and self.gram["teacher"] == "frozen":
+            self.gram_teacher = GramTeacher(self.student.backbone)
+        self.train()
+
+    # ------------------------------------------------------------------ weights
+
+    def init_weights(self) -> None:
+        """Initialise the student (and what its ``init_cfg`` loads), then copy it to the teacher."""
+        for module in self.student.values():
+            module.init_weights()
+        if self.init_cfg:
+            initialize(self, self.init_cfg)
+        if self.start_from is not None:
+            load_student(self.student, self.start_from)
+        self.teacher.load_state_dict(self.student.state_dict())
+        if hasattr(self, "gram_teacher"):
+            self.gram_teacher.backbone.load_state_dict(self.student.backbone.state_dict())
+        self._is_init = True
+
+    def train(self, mode: bool = True) -> "DINOv3":
+        """Set the mode of the student; the teachers always stay in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        if hasattr(self, "gram_teacher"):
+            self.gram_teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float | Tensor) -> None:
+        """Move the teacher's parameters (not its buffers): ``m * teacher + (1 - m) * student``.
+
+        Args:
+            momentum: ``m``, a number or a scalar tensor, which is not read to the host.
+        """
+        teacher = list(self.teacher.parameters())
+        student = list(self.student.parameters())
+        if not isinstance(momentum, Tensor):
+            torch._foreach_lerp_(teacher, student, 1.0 - momentum)
+            return
+        step = (1.0 - momentum).to(teacher[0].device, teacher[0].dtype, non_blocking=True)
+        change = torch._foreach_sub(student, teacher)
+        torch._foreach_mul_(change, step)
+        torch._foreach_add_(teacher, change)
+
+    @property
+    def teacher_backbone(self) -> nn.Module:
+        """The EMA teacher's backbone: what is evaluated and exported."""
+        return self.teacher.backbone
+
+    @property
+    def gram_teacher_ready(self) -> bool:
+        """Whether the Gram term has a teacher with weights."""
+        if self.gram is None:
+            return False
+        return self.gram["teacher"] == "ema" or self.gram_teacher.is_ready
+
+    def load_gram_teacher(self, source: str | os.PathLike | Mapping[str, Tensor]) -> str:
+        """Give the frozen Gram teacher weights of a file or state dict; see :class:`GramTeacher`.
+
+        Returns:
+            One line about what was loaded.
+        """
+        return self._frozen_gram_teacher().load(source)
+
+    def copy_teacher_to_gram(self) -> None:
+        """Replace the frozen Gram teacher, buffers included, by the EMA teacher of the moment."""
+        self._frozen_gram_teacher().copy_from(self.teacher.backbone)
+
+    def _frozen_gram_teacher(self) -> GramTeacher:
+        if not hasattr(self, "gram_teacher"):
+            raise ValueError(
+                "the model has no Gram teacher of its own; build it with "
+                "gram=dict(teacher='frozen', ...)"
+            )
+        return self.gram_teacher
+
+    # ------------------------------------------------------------------ forward
+
+    def set_step(self, **values: float | Tensor) -> None:
+        """Set the scalars of the coming steps; each stays until it is set again.
+
+        Args:
+            **values: ``teacher_temp`` (needed to train), ``dino_local_weight`` (1 unless set),
+                ``gram_weight`` (``gram['weight']`` unless set).
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        for name in values:
+            if name not in STEP_VALUES:
+                raise ValueError(
+                    f"set_step has no value {name!r}{nearest_name(name, STEP_VALUES)}; expected "
+                    f"{', '.join(STEP_VALUES)}"
+                )
+        self.step_values.update(values)
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor] | Tensor,
+        data_samples: None = None,
+        mode: str = "tensor",
+    ) -> Any:
+        """Losses of a batch, or features of images.
+
+        Args:
+            inputs: the preprocessor's batch; for ``mode='tensor'`` also normalised images.
+            data_samples: not used.
+            mode: 'loss' for :meth:`loss`, 'tensor' for :meth:`extract_feat` of the images or of
+                the batch's global crops.
+
+        Raises:
+            ValueError: another mode.
+        """
+        if mode == "loss":
+            return self.loss(inputs)
+        if mode == "tensor":
+            return self.extract_feat(
+                inputs if isinstance(inputs, Tensor) else inputs["global_crops"]
+            )
+        raise ValueError(f"mode must be 'loss' or 'tensor', got {mode!r}")
+
+    def extract_feat(self, images: Tensor) -> tuple:
+        """Features of the EMA teacher's backbone: its ``forward`` of normalised (B, C, H, W)."""
+        with self._autocast(images):
+            return self.teacher_backbone(images)
+
+    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss to back-propagate and all values, detached and still on the device."""
+        return losses["loss"], {name: value.detach() for name, value in losses.items()}
+
+    def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All terms of a preprocessed batch, as scalars on the device.
+
+        Returns:
+            ``loss`` (the weighted sum, with gradient); detached and unweighted
+            ``dino_local_loss``, ``dino_global_loss``, ``koleo_loss``, ``ibot_loss`` and
+            ``dino_local_weight``; with a Gram term ``gram_loss``, ``gram_weight`` (and
+            ``gram_loss_masked``, ``gram_loss_unmasked`` with ``compute_stats``); with
+            ``collect_diagnostics`` the ``diag/...`` values.
+
+        Raises:
+            RuntimeError: a hook has not done its part (:meth:`set_step`, Gram teacher).
+            ValueError: a batch whose parts do not fit.
+        """
+        num_images, num_local = _count_crops(batch)
+        if "teacher_temp" not in self.step_values:
+            raise RuntimeError(
+                "training needs teacher_temp: add dict(type='TeacherEMAHook', momentum=..., "
+                "teacher_temp=...) to custom_hooks, or call model.set_step(teacher_temp=...)"
+            )
+        teacher = self._run_teacher(batch)
+        student = self._run_student(batch)
+        with torch.autocast(student.global_cls.device.type, enabled=False):
+            total, logs = self._image_terms(teacher, student, batch, num_images, num_local)
+            if self.gram is not None:
+                gram_total, gram_logs = self._gram_term(teacher, student, batch)
+                total = total if gram_total is None else total + gram_total
+                logs.update(gram_logs)
+            if self.collect_diagnostics:
+                logs.update(diagnose(teacher.cls, teacher.patches, teacher.cls_probs))
+        return {"loss": total, **{name: value.detach() for name, value in logs.items()}}
+
+    @torch.no_grad()
+    def _run_teacher(self, batch: Mapping[str, Tensor]) -> TeacherView:
+        """EMA teacher on the unmasked global crops; heads and centring of what is compared."""
+        with self._autocast(batch["global_crops"]):
+            tokens = self.teacher.backbone.forward_tokens(batch["global_crops"])
+            masked = tokens.patches.flatten(0, 1).index_select(0, batch["mask_indices"])
+            patch_logits = self.teacher.ibot_head(masked)
+            cls_logits = self.teacher.dino_head(tokens.cls)
+        temp = self.step_values["teacher_temp"]
+        return TeacherView(
+            tokens.cls,
+            tokens.patches,
+            sinkhorn_knopp(cls_logits, temp),
+            sinkhorn_knopp(patch_logits, temp),
+        )
+
+    def _run_student(self, batch: Mapping[str, Tensor]) -> StudentView:
+        """Student on masked global crops and local crops, in one pass each of backbone and head."""
+        images = [batch["global_crops"], batch["local_crops"]]
+        masks = [batch["masks"] if self.mask_student else None, None]
+        with self._autocast(images[0]):
+            tokens, local_tokens = self.student.backbone.forward_tokens(images, masks)
+            masked = tokens.patches.flatten(0, 1).index_select(0, batch["mask_indices"])
+            patch_logits = self.student.ibot_head(masked)
+            logits = self.student.dino_head(torch.cat((tokens.cls, local_tokens.cls)))
+        global_logits, local_logits = logits.split((len(tokens.cls), len(local_tokens.cls)))
+        return StudentView(tokens.cls, tokens.patches, global_logits, local_logits, patch_logits)
+
+    def _image_terms(
+        self,
+        teacher: TeacherView,
+        student: StudentView,
+        batch: Mapping[str, Tensor],
+        num_images: int,
+        num_local: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum and values of the DINO, iBOT and KoLeo terms."""
+        ignore = self.dino["global_ignore_diagonal"]
+        targets = teacher.cls_probs.unflatten(0, (NUM_GLOBAL_CROPS, num_images))
+        local = dino_loss(
+            student.local_logits.unflatten(0, (num_local, num_images)),
+            targets,
+            student_temp=self.student_temp,
+        )
+        glob = dino_loss(
+            student.global_logits.unflatten(0, (NUM_GLOBAL_CROPS, num_images)),
+            targets,
+            student_temp=self.student_temp,
+            ignore_diagonal=ignore,
+        )
+        ibot = ibot_loss(
+            student.patch_logits,
+            teacher.patch_probs,
+            batch["masks_weight"],
+            len(batch["masks"]),
+            student_temp=self.student_temp,
+        )
+        koleo = self._koleo(student.global_cls.unflatten(0, (NUM_GLOBAL_CROPS, num_images)))
+        local_weight = self.step_values.get("dino_local_weight", 1.0)
+        global_pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - ignore)
+        local_pairs = NUM_GLOBAL_CROPS * num_local
+        pairs = global_pairs + local_pairs
+        total = (
+            self.dino["weight"] * (local_pairs / pairs) * local_weight * local
+            + self.dino["weight"] * (global_pairs / pairs) * glob
+            + self.koleo["weight"] * NUM_GLOBAL_CROPS * koleo
+            + self.ibot["weight"] * ibot
+        )
+        return total, {
+            "dino_local_loss": local,
+            "dino_global_loss": glob,
+            "koleo_loss": koleo,
+            "ibot_loss": ibot,
+            "dino_local_weight": _as_scalar(local_weight, total),
+        }
+
+    def _koleo(self, cls: Tensor) -> Tensor:
+        """Mean KoLeo loss of the global crops (2, B, D)."""
+        if self.koleo["weight"] == 0:
+            return torch.zeros((), device=cls.device)
+        return koleo_loss(
+            cls,
+            topk=self.koleo["topk"],
+            distributed=self.koleo["distributed"],
+            loss_group_size=self.koleo["group_size"],
+        )
+
+    def _gram_term(
+        self, teacher: TeacherView, student: StudentView, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Weighted Gram term and its values; None while it has neither weight nor teacher."""
+        weight = self.step_values.get("gram_weight", self.gram["weight"])
+        logs = {"gram_weight": _as_scalar(weight, student.patches)}
+        if not self.gram_teacher_ready:
+            if isinstance(weight, Tensor) or weight != 0:
+                raise RuntimeError(
+                    f"the Gram term has weight {weight} but its teacher has no weights: add "
+                    "dict(type='GramAnchorHook', checkpoint=... or load_ema_at=...) to "
+                    "custom_hooks, or call model.load_gram_teacher(FILE)"
+                )
+            return None, {**logs, "gram_loss": _as_scalar(0.0, student.patches)}
+        targets = self._gram_targets(teacher, batch)
+        loss, stats = gram_term(student.patches, targets, batch, self.gram)
+        return weight * loss, {**logs, "gram_loss": loss, **stats}
+
+    @torch.no_grad()
+    def _gram_targets(self, teacher: TeacherView, batch: Mapping[str, Tensor]) -> Tensor:
+        """Patch tokens (2B, N, D) that the student's Gram matrices are compared with."""
+        crops = batch.get("gram_crops")
+        if (crops is not None) != (self.gram["teacher"] == "frozen"):
+            raise ValueError(
+                f"gram teacher={self.gram['teacher']!r} and a batch "
+                f"{'without' if crops is None else 'with'} gram_crops: a frozen Gram teacher needs "
+                "its own crops (gram_size of the multi-crop transform), the EMA teacher has none"
+            )
+        if crops is None:
+            return teacher.patches
+        backbone = self.gram_teacher.backbone
+        with self._autocast(crops):
+            tokens = backbone.forward_tokens(crops).patches
+        return resize_to_student(
+            tokens, crops, batch["global_crops"], backbone.patch_size, self.gram
+        )
+
+    def _autocast(self, images: Tensor) -> AbstractContextManager:
+        return torch.autocast(
+            images.device.type, torch.bfloat16, enabled=self.compute_dtype == "bf16"
+        )
+
+
+def _count_crops(batch: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Images B and local crops per image of a batch.
+
+    Raises:
+        ValueError: numbers of crops or masks that do not belong together.
+    """
+    num_global, num_local = len(batch["global_crops"]), len(batch["local_crops"])
+    num_images = num_global // NUM_GLOBAL_CROPS
+    whole = num_images and num_global == NUM_GLOBAL_CROPS * num_images
+    if not whole or not num_local or num_local % num_images or len(batch["masks"]) != num_global:
+        raise ValueError(
+            f"a batch of B images has {NUM_GLOBAL_CROPS}B global crops and masks, and a positive "
+            f"multiple of B local crops; got {num_global}, {len(batch['masks'])} and {num_local}"
+        )
+    return num_images, num_local // num_images
+
+
+def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """``value`` as a float32 scalar on the device of ``like``, without a copy from the host."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, torch.float32)
+    return torch.full((), value, device=like.device, dtype=torch.float32)

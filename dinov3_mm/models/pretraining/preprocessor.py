@@ -1,0 +1,91 @@
+"""From a collated batch of uint8 crops to what the algorithm takes."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmengine.model import BaseDataPreprocessor
+from mmengine.registry import MODELS
+from torch import Tensor
+
+REQUIRED = ("global_crops", "local_crops", "masks", "mask_indices", "masks_weight")
+CROPS = ("global_crops", "local_crops", "gram_crops")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@MODELS.register_module()
+class MultiCropPreprocessor(BaseDataPreprocessor):
+    """Moves a collated batch to the device and normalises its crops there.
+
+    Crops travel as uint8, a quarter of the bytes of float32.
+
+    Args:
+        mean: mean per channel, of values in 0..1.
+        std: standard deviation per channel, of values in 0..1.
+        non_blocking: copy from pinned memory without waiting.
+
+    Raises:
+        ValueError: ``mean`` and ``std`` of different lengths or out of range.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        non_blocking: bool = True,
+    ) -> None:
+        super().__init__(non_blocking)
+        self.statistics = ([float(value) for value in mean], [float(value) for value in std])
+        in_range = all(0 <= m <= 1 for m in mean) and all(0 < s <= 1 for s in std)
+        if not mean or len(mean) != len(std) or not in_range:
+            raise ValueError(
+                "mean and std are one value per channel for images in 0..1 (divide 0..255 values "
+                f"by 255), got {list(mean)} and {list(std)}"
+            )
+        scale = 1 / (255 * torch.tensor(self.statistics[1], dtype=torch.float64))
+        shift = 255 * scale * torch.tensor(self.statistics[0], dtype=torch.float64)
+        self.register_buffer("scale", scale.float().view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.float().view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, data: Mapping, training: bool = False) -> dict:
+        """Return ``dict(inputs=batch, data_samples=None)`` for the algorithm's ``forward``.
+
+        Args:
+            data: batch of the multi-crop collate function: ``global_crops`` (2B, C, S, S) and
+                ``local_crops`` (L*B, C, s, s), optionally ``gram_crops`` (2B, C, Sg, Sg), uint8 or
+                float32 in 0..255; ``masks`` (2B, N) bool, ``mask_indices`` (M,) int64,
+                ``masks_weight`` (M,) float32. Other entries stay behind.
+            training: has no effect; augmentation is done.
+
+        Raises:
+            TypeError: ``data`` is no such dict, or crops of another dtype.
+            ValueError: entries are missing, or crops do not have the channels of ``mean``.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(
+                "MultiCropPreprocessor takes the dict of the multi-crop collate function, got "
+                f"{type(data).__name__}"
+            )
+        missing = [key for key in REQUIRED if not isinstance(data.get(key), Tensor)]
+        if missing:
+            raise ValueError(
+                f"the batch lacks the tensors {', '.join(missing)}; it has {', '.join(data)}. Use "
+                "the multi-crop collate function (train_dataloader.transform of type MultiCrop)"
+            )
+        wanted = [*REQUIRED, *(["gram_crops"] if data.get("gram_crops") is not None else [])]
+        batch = self.cast_data({key: data[key] for key in wanted})
+        for key in CROPS:
+            if key in batch:
+                batch[key] = self._normalize(key, batch[key])
+        return dict(inputs=batch, data_samples=None)
+
+    def _normalize(self, key: str, crops: Tensor) -> Tensor:
+        """``(crops / 255 - mean) / std`` in float32."""
+        if crops.dtype not in (torch.uint8, torch.float32):
+            raise TypeError(f"{key} must be uint8 or float32 in 0..255, got {crops.dtype}")
+        if crops.ndim != 4 or crops.shape[1] != self.scale.shape[1]:
+            raise ValueError(
+                f"{key} has shape {tuple(crops.shape)}, expected (n, {self.scale.shape[1]}, H, W): "
+                "mean and std give one value per channel"
+            )
+        return (crops * self.scale).sub_(self.shift)
