@@ -11,8 +11,7 @@ from mmengine.dist import all_gather, get_dist_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from dinov3_mm.models.pretraining.preprocessor import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Features(NamedTuple):

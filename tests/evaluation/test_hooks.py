@@ -29,6 +29,7 @@ class ToyPretraining(BaseModel):
         self.student = nn.Linear(6, 1)
         self.teacher = nn.ModuleDict({"backbone": MeanColour(draws=True)})
         self.drop = nn.Dropout(0.5)
+        self.data_preprocessor.statistics = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
     def forward(self, inputs, mode="loss"):
         return {"loss": self.student(self.drop(inputs)).square().mean()}
@@ -186,6 +187,19 @@ def test_a_new_stage_starts_its_clock_at_zero(tmp_path):
 def test_without_a_start(tmp_path):
     _run(tmp_path, [_knn(at_start=False, interval=100)])
     assert [record["step"] for record in read_records(tmp_path / "evaluations.jsonl")] == [5]
+
+
+def test_statistics_are_the_preprocessors_unless_given(tmp_path):
+    hooks = [_knn(), _knn(mean=(0, 0, 0), std=(1, 1, 1))]
+    runner = _run(tmp_path, hooks, iters=1)
+    found = [hook.statistics for hook in runner.hooks if isinstance(hook, KNNEvalHook)]
+    assert found == [([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]), ((0, 0, 0), (1, 1, 1))]
+    with pytest.raises(ValueError, match="belong together"):
+        KNNEvalHook(1, TRAIN, TEST, 32, mean=(0, 0, 0))
+    del runner.model.data_preprocessor.statistics
+    hook = KNNEvalHook(1, TRAIN, TEST, 32)
+    with pytest.raises(ValueError, match="has no image statistics"):
+        hook.before_train(runner)
 
 
 def test_sources_are_read_once(tmp_path):

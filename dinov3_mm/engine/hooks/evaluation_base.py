@@ -14,8 +14,6 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from dinov3_mm.evaluation.features import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Features,
     extract_features,
     preserved_random_state,
@@ -40,7 +38,8 @@ class FrozenFeatureHook(Hook):
         resize_size: short side before the centre crop, by default ``image_size``.
         at_start: evaluate before the first iteration; a resumed run has no starting point.
         backbone: attribute path of the backbone within the model.
-        mean, std: per-channel statistics in [0, 1] that the backbone is trained with.
+        mean, std: per-channel statistics in [0, 1] of the backbone's inputs; by default those of
+            the model's data preprocessor.
         dtype: ``'fp32'`` or ``'bf16'`` (autocast).
         batch_size: images per forward of one process.
         num_workers: loading processes; with 0 and ``cache`` the inputs stay in memory.
@@ -60,8 +59,8 @@ class FrozenFeatureHook(Hook):
         resize_size: int | None = None,
         at_start: bool = True,
         backbone: str = "teacher.backbone",
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         dtype: str = "fp32",
         batch_size: int = 64,
         num_workers: int = 0,
@@ -78,9 +77,10 @@ class FrozenFeatureHook(Hook):
         self.interval, self.at_start, self.backbone_path = interval, at_start, backbone
         self.image_size, self.resize_size, self.cache = image_size, resize_size, cache
         self._last_step: int | None = None
+        if (mean is None) != (std is None):
+            raise ValueError("mean and std belong together: give both or neither")
+        self.statistics = None if mean is None else (tuple(mean), tuple(std))
         self.extraction = {
-            "mean": tuple(mean),
-            "std": tuple(std),
             "batch_size": batch_size,
             "num_workers": num_workers,
             "amp_dtype": torch.bfloat16 if dtype == "bf16" else None,
@@ -100,6 +100,8 @@ class FrozenFeatureHook(Hook):
 
     def before_train(self, runner) -> None:
         """Build the sources and measure the starting point."""
+        if self.statistics is None:
+            self.statistics = _statistics_of(_unwrapped(runner.model))
         clock = _clock(runner)
         with clock.paused(), preserved_random_state():
             self.prepare()
@@ -132,13 +134,16 @@ class FrozenFeatureHook(Hook):
 
     def extract(self, backbone: nn.Module, images: CachedImages, patches: bool = False) -> Features:
         """Features of a set under the hook's settings."""
-        return extract_features(backbone, images, patches=patches, **self.extraction)
+        mean, std = self.statistics
+        return extract_features(
+            backbone, images, mean=mean, std=std, patches=patches, **self.extraction
+        )
 
     def _run(self, runner, step: int) -> None:
         clock = _clock(runner)
         with clock.paused(), preserved_random_state():
             started = perf_counter()
-            scores = self.evaluate(self._backbone(runner.model))
+            scores = self.evaluate(self._backbone(_unwrapped(runner.model)))
             spent = perf_counter() - started
         self._last_step = step
         tagged = {f"eval/{self.name}_{key}": value for key, value in scores.items()}
@@ -162,7 +167,6 @@ class FrozenFeatureHook(Hook):
         return f"iteration {step} ({seconds / 60:.1f} min of training): {text}"
 
     def _backbone(self, model: nn.Module) -> nn.Module:
-        model = model.module if is_model_wrapper(model) else model
         try:
             return attrgetter(self.backbone_path)(model)
         except AttributeError as error:
@@ -170,6 +174,22 @@ class FrozenFeatureHook(Hook):
                 f"{type(self).__name__} looks for the backbone at {self.backbone_path!r}, which "
                 f"{type(model).__name__} does not have ({error}): give its path as backbone=..."
             ) from error
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a distributed wrapper."""
+    return model.module if is_model_wrapper(model) else model
+
+
+def _statistics_of(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of the model's data preprocessor, so that the config has them once."""
+    preprocessor = getattr(model, "data_preprocessor", None)
+    if not hasattr(preprocessor, "statistics"):
+        raise ValueError(
+            f"the data preprocessor {type(preprocessor).__name__} of {type(model).__name__} has no "
+            "image statistics: give the evaluation hook mean=... and std=..."
+        )
+    return preprocessor.statistics
 
 
 def _clock(runner) -> TrainingClock:

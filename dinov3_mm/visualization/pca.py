@@ -1,0 +1,129 @@
+"""Patch features as colours: the first principal components of a set of images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .figures import patch_grid, saved_figure, show_image
+
+
+class PatchPCA:
+    """Projection of patch features onto three colours, fitted once and applied to any image.
+
+    The three leading components are whitened and squashed, colour = sigmoid(2 z), so that the scale
+    is the same for every model. Each component's sign is fixed by its largest loading, so that a
+    second fit gives the same colours.
+
+    Args:
+        patches: (..., D) features to fit on, at least four of them.
+    """
+
+    def __init__(self, patches: Tensor) -> None:
+        rows = patches.reshape(-1, patches.shape[-1]).double()
+        if len(rows) < 4 or rows.shape[1] < 3:
+            raise ValueError(
+                f"three components need at least 4 patches of 3 dimensions, got {tuple(rows.shape)}"
+            )
+        self.mean = rows.mean(dim=0)
+        centred = rows - self.mean
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
+        vectors, values = vectors[:, -3:].flip(1), values[-3:].flip(0).clamp_min(0)
+        largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+        self.components = vectors * largest.sign()  # (D, 3)
+        floor = torch.finfo(torch.float32).eps * values[0].clamp_min(1e-30)
+        self.deviation = torch.maximum(values, floor).sqrt()
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Whitened components (..., 3) of patch features (..., D)."""
+        z = (patches.double() - self.mean) @ self.components / self.deviation
+        return z.float()
+
+    def colours(self, patches: Tensor) -> Tensor:
+        """RGB in [0, 1], (..., 3)."""
+        return torch.sigmoid(2 * self.project(patches))
+
+
+def foreground_mask(patches: Tensor, bright_side: bool | None = None) -> Tensor:
+    """Split patches (N, h, w, D) in two along the first principal component: (N, h, w) bool.
+
+    The cut is Otsu's threshold of the component. Without ``bright_side`` the foreground is the side
+    that touches the image border less, which fits images with a centred subject.
+    """
+    score = PatchPCA(patches).project(patches)[..., 0]
+    side = score > _otsu(score.flatten())
+    if bright_side is None:
+        border = torch.ones_like(side)
+        border[:, 1:-1, 1:-1] = False
+        bright_side = bool(side[border].float().mean() <= side.float().mean())
+    return side if bright_side else ~side
+
+
+def pca_images(patches: Tensor, foreground: Tensor | None = None) -> Tensor:
+    """Colours of the patches of a set of images, comparable across the set.
+
+    Args:
+        patches: (N, h, w, D) or, for square images, (N, P, D).
+        foreground: (N, h, w) bool; components are fitted on these patches, the rest is black.
+
+    Returns:
+        (N, h, w, 3) RGB in [0, 1].
+    """
+    grid = patch_grid(patches)
+    if foreground is None:
+        return PatchPCA(grid).colours(grid)
+    if foreground.shape != grid.shape[:3]:
+        raise ValueError(
+            f"foreground {tuple(foreground.shape)} must be the patch grid {tuple(grid.shape[:3])}"
+        )
+    return PatchPCA(grid[foreground]).colours(grid) * foreground[..., None]
+
+
+def save_pca_grid(
+    path: str | Path,
+    images: Sequence,
+    patches: Tensor | dict[str, Tensor],
+    *,
+    foreground: bool = False,
+    columns: int = 4,
+) -> None:
+    """PNG with each image beside its PCA colours, for one or several models.
+
+    Args:
+        path: file to write.
+        images: N images, (3, S, S) or (S, S, 3) uint8.
+        patches: (N, P, D) features of these images, or several by the title of their panel.
+        foreground: blacken the background found by `foreground_mask`.
+        columns: images per row of the figure.
+    """
+    named = patches if isinstance(patches, dict) else {"PCA of patches": patches}
+    panels = {}
+    for title, values in named.items():
+        grid = patch_grid(values)
+        if len(grid) != len(images):
+            raise ValueError(f"{len(images)} images but {len(grid)} sets of patches for {title!r}")
+        panels[title] = pca_images(grid, foreground_mask(grid) if foreground else None)
+    columns = min(columns, len(images))
+    rows, width = -(-len(images) // columns), 1 + len(panels)
+    with saved_figure(path, (1.7 * columns * width, 1.7 * rows + 0.3), dense=True) as figure:
+        axes = figure.subplots(rows, columns * width, squeeze=False)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for index, image in enumerate(images):
+            row, column = divmod(index, columns)
+            cells = axes[row, column * width : (column + 1) * width]
+            show_image(cells[0], image, "image" if row == 0 else "")
+            for cell, (title, colours) in zip(cells[1:], panels.items()):
+                show_image(cell, colours[index], title if row == 0 else "")
+
+
+def _otsu(values: Tensor, bins: int = 128) -> float:
+    """Threshold that maximises the variance between the two classes."""
+    counts, edges = torch.histogram(values.float().cpu(), bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    weight = counts.cumsum(0) / counts.sum()
+    moment = (counts * centres).cumsum(0) / counts.sum()
+    between = (moment[-1] * weight - moment).square() / (weight * (1 - weight)).clamp_min(1e-9)
+    best = between >= between.max() * (1 - 1e-6)  # a gap between the classes is a plateau
+    return edges[1:][best].mean().item()
