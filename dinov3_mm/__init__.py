@@ -1,3 +1,23 @@
-"""DINOv3 as an OpenMMLab plug-in: importing it registers every core module in MMEngine's root registries."""
+"""DINOv3 as an OpenMMLab plug-in.
+
+Importing the package registers every core module in MMEngine's root registries, so that configs of
+any default scope build them by name. It imports no host library (mmpretrain, mmseg, mmdet).
+"""
+
+from dinov3_mm import datasets, engine, evaluation, models, visualization
+from dinov3_mm.checkpoints import build_backbone, export_backbone, list_backbones
+from dinov3_mm.models import pretraining
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "build_backbone",
+    "datasets",
+    "engine",
+    "evaluation",
+    "export_backbone",
+    "list_backbones",
+    "models",
+    "pretraining",
+    "visualization",
+]

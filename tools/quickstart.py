@@ -1,0 +1,180 @@
+"""Pretrain in two stages, evaluate before and after, draw, and export one file.
+
+``bash tools/quickstart.sh [DIR]`` prepares the environment and calls this program.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from rich.console import Console
+
+import dinov3_mm
+from dinov3_mm.evaluation import (
+    ImageSet,
+    RandomViews,
+    effective_rank,
+    extract_features,
+    random_init_backbone,
+    raw_pixels,
+    representation_table,
+    two_crop_retrieval,
+)
+from dinov3_mm.evaluation.records import read_records
+from dinov3_mm.visualization import plot_curves, points_vs_minutes, save_pca_grid
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("pretrain", "gram")
+console = Console()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", help="folder of images; without it SyntheticScenes")
+    parser.add_argument("--out", default=str(ROOT / "work_dirs/quickstart"), help="result folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--recipe", default="quickstart", choices=("quickstart", "long"), help="length of stage 1"
+    )
+    parser.add_argument("--restart", action="store_true", help="discard what --out holds")
+    return parser.parse_args()
+
+
+def stage_config(stage: str, args: argparse.Namespace) -> Path:
+    """Config file of a stage for the scenes or for a folder of images."""
+    data = "folder" if args.images else "scenes"
+    recipe = "_long" if args.recipe == "long" and stage == "pretrain" else ""
+    return ROOT / f"configs/quickstart/{data}_{stage}{recipe}.py"
+
+
+def train(stage: str, args: argparse.Namespace, options: dict[str, str]) -> Path:
+    """Run one stage in a process of its own, resuming what an interrupted run left behind."""
+    work_dir = Path(args.out) / stage
+    if args.images:
+        options = {"train_dataloader.source.root": args.images, **options}
+    command = [sys.executable, str(ROOT / "tools/train.py"), str(stage_config(stage, args))]
+    command += ["--work-dir", str(work_dir), "--seed", str(args.seed), "--resume"]
+    if options:
+        command += ["--cfg-options", *[f"{key}={value}" for key, value in options.items()]]
+    console.rule(f"stage: {stage}")
+    if subprocess.run(command, cwd=ROOT).returncode:
+        sys.exit(f"stage {stage} failed; its log is in {work_dir}. Run again to go on from there.")
+    return work_dir
+
+
+def score_scenes(backbone: torch.nn.Module, cfg: Config) -> dict:
+    """The table of k-NN and dense probe beside raw pixels, colours and the untrained network."""
+    hook = next(hook for hook in cfg.custom_hooks if hook["type"] == "KNNEvalHook")
+    table = representation_table(
+        backbone,
+        DATASETS.build(hook["train_source"]),
+        DATASETS.build(hook["test_source"]),
+        image_size=hook["image_size"],
+        dense=True,
+    )
+    table.print(console)
+    return table.to_dict()
+
+
+def score_folder(backbone: torch.nn.Module, cfg: Config) -> dict:
+    """Two-crop retrieval and effective rank of raw pixels, the untrained and the trained network."""
+    hook = next(hook for hook in cfg.custom_hooks if hook["type"] == "RetrievalEvalHook")
+    source = DATASETS.build(hook["source"])
+    views = [RandomViews(source, hook["image_size"], view, cache=True) for view in (0, 1)]
+    features = {"raw pixels": [raw_pixels(view) for view in views]}
+    for name, network in (
+        ("random init, CLS", random_init_backbone(backbone)),
+        ("trained, CLS", backbone),
+    ):
+        features[name] = [extract_features(network, view).cls for view in views]
+    scores = {
+        name: {"retrieval_top1": two_crop_retrieval(*pair), "effective_rank": effective_rank(pair[0])}
+        for name, pair in features.items()
+    }
+    console.print(f"two-crop retrieval over {len(source)} images:")
+    for name, score in scores.items():
+        console.print(
+            f"  {name:<18} top-1 {score['retrieval_top1']:5.1f} %, "
+            f"effective rank {score['effective_rank']:5.1f}"
+        )
+    return scores
+
+
+def draw(backbone: torch.nn.Module, work_dirs: list[Path], cfg: Config, out: Path) -> list[Path]:
+    """Loss curves of both stages, PCA of patch features, score against minutes."""
+    pictures = []
+    for work_dir in work_dirs:
+        log = max(work_dir.glob("*/vis_data/scalars.json"))
+        pictures.append(out / f"losses_{work_dir.name}.png")
+        plot_curves(log, pictures[-1], title=f"stage: {work_dir.name}")
+    hook = next(hook for hook in cfg.custom_hooks if hook["type"].endswith("EvalHook"))
+    source = DATASETS.build(hook.get("test_source") or hook["source"])
+    size = hook["image_size"]
+    images = ImageSet(source, size)
+    shown = torch.utils.data.Subset(images, range(min(12, len(images))))
+    large = ImageSet(source, 2 * size)
+    fine = torch.utils.data.Subset(large, range(len(shown)))
+    networks = {"random init": random_init_backbone(backbone), "trained": backbone}
+    patches = {
+        name: extract_features(network, fine, patches=True).patches
+        for name, network in networks.items()
+    }
+    pictures.append(out / "pca.png")
+    save_pca_grid(pictures[-1], [fine[i] for i in range(len(shown))], patches)
+    name = "knn" if hook["type"] == "KNNEvalHook" else "retrieval"
+    if read_records(work_dirs[0] / "evaluations.jsonl", name):
+        pictures.append(out / "score_vs_minutes.png")
+        score = "cls_top1_k10" if name == "knn" else "cls_top1"
+        points_vs_minutes(work_dirs[0], pictures[-1], evaluation=name, score=score)
+    return pictures
+
+
+def main() -> None:
+    args = parse_args()
+    began = time.perf_counter()
+    if args.images and not Path(args.images).is_dir():
+        sys.exit(f"quickstart: no folder {args.images}; give a folder that holds images")
+    out = Path(args.out).resolve()
+    if args.restart and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    first = train("pretrain", args, {})
+    checkpoint = sorted((first / "checkpoints").glob("iter_*.pth"))[-1]
+    teacher = first / "exports/teacher_latest.safetensors"
+    second = train(
+        "gram", args, {"load_from": str(checkpoint), "gram_checkpoint": str(teacher)}
+    )
+    weights = out / "dinov3_backbone.safetensors"
+    for suffix in (".safetensors", ".json"):
+        shutil.copyfile(second / f"exports/teacher_latest{suffix}", weights.with_suffix(suffix))
+    backbone = dinov3_mm.build_backbone(str(weights))
+    cfg = Config.fromfile(stage_config("pretrain", args))
+    console.rule("result")
+    if args.images:
+        for hook in cfg.custom_hooks:
+            if hook["type"] == "RetrievalEvalHook":
+                hook["source"]["root"] = args.images
+        scores = score_folder(backbone, cfg)
+    else:
+        scores = score_scenes(backbone, cfg)
+    (out / "scores.json").write_text(json.dumps(scores, indent=2))
+    pictures = draw(backbone, [first, second], cfg, out)
+    console.print("\nPictures: " + ", ".join(str(picture) for picture in pictures))
+    console.print(f"Weights:  {weights}\n\nUse them:\n")
+    print(
+        "    import torch, dinov3_mm\n"
+        f"    backbone = dinov3_mm.build_backbone({str(weights)!r})\n"
+        "    tokens = backbone.forward_tokens(torch.rand(1, 3, 64, 64))  # .cls, .patches"
+    )
+    console.print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    main()
