@@ -34,8 +34,5 @@ for list in "${lists[@]}"; do arguments+=(-r "requirements/$list.txt"); done
 echo "Installing the pinned packages (${lists[*]}); this takes a minute or two"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
   -c requirements/lock.txt "${arguments[@]}"
-# Python 3.12 leaves setuptools out of new environments; the editable install needs it, whatever its age.
-.venv/bin/python -c 'import setuptools' 2>/dev/null ||
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools<81'
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 echo "$wanted" > "$stamp"
