@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from mmengine.model import BaseModel
@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..backbones.variants import nearest_name
-from ..losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from ..losses import sinkhorn_knopp
 from .diagnostics import diagnose
 from .gram_teacher import GramTeacher, gram_term, resize_to_student
 from .options import (
@@ -24,29 +24,10 @@ from .options import (
     resolve_options,
 )
 from .student import build_student, load_student
+from .terms import StudentView, TeacherView, as_scalar, count_local_crops, image_terms
 
-NUM_GLOBAL_CROPS = 2
 STEP_VALUES = ("teacher_temp", "dino_local_weight", "gram_weight")
 COMPUTE_DTYPES = ("fp32", "bf16")
-
-
-class TeacherView(NamedTuple):
-    """What the EMA teacher sees in the global crops: (2B, D), (2B, N, D), (2B, K), (M, K')."""
-
-    cls: Tensor
-    patches: Tensor
-    cls_probs: Tensor
-    patch_probs: Tensor
-
-
-class StudentView(NamedTuple):
-    """What the student sees: CLS before the head (2B, D) and its logits, patches and logits."""
-
-    global_cls: Tensor
-    patches: Tensor
-    global_logits: Tensor
-    local_logits: Tensor
-    patch_logits: Tensor
 
 
 @MODELS.register_module()
@@ -282,7 +263,7 @@ class DINOv3(BaseModel):
             RuntimeError: a hook has not done its part (:meth:`set_step`, Gram teacher).
             ValueError: a batch whose parts do not fit.
         """
-        num_images, num_local = _count_crops(batch)
+        num_local = count_local_crops(batch)
         if "teacher_temp" not in self.step_values:
             raise RuntimeError(
                 "training needs teacher_temp: add dict(type='TeacherEMAHook', momentum=..., "
@@ -291,7 +272,17 @@ class DINOv3(BaseModel):
         teacher = self._run_teacher(batch)
         student = self._run_student(batch)
         with torch.autocast(student.global_cls.device.type, enabled=False):
-            total, logs = self._image_terms(teacher, student, batch, num_images, num_local)
+            total, logs = image_terms(
+                teacher,
+                student,
+                batch,
+                num_local=num_local,
+                local_weight=self.step_values.get("dino_local_weight", 1.0),
+                student_temp=self.student_temp,
+                dino=self.dino,
+                ibot=self.ibot,
+                koleo=self.koleo,
+            )
             if self.gram is not None:
                 gram_total, gram_logs = self._gram_term(teacher, student, batch)
                 total = total if gram_total is None else total + gram_total
@@ -328,71 +319,12 @@ class DINOv3(BaseModel):
         global_logits, local_logits = logits.split((len(tokens.cls), len(local_tokens.cls)))
         return StudentView(tokens.cls, tokens.patches, global_logits, local_logits, patch_logits)
 
-    def _image_terms(
-        self,
-        teacher: TeacherView,
-        student: StudentView,
-        batch: Mapping[str, Tensor],
-        num_images: int,
-        num_local: int,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum and values of the DINO, iBOT and KoLeo terms."""
-        ignore = self.dino["global_ignore_diagonal"]
-        targets = teacher.cls_probs.unflatten(0, (NUM_GLOBAL_CROPS, num_images))
-        local = dino_loss(
-            student.local_logits.unflatten(0, (num_local, num_images)),
-            targets,
-            student_temp=self.student_temp,
-        )
-        glob = dino_loss(
-            student.global_logits.unflatten(0, (NUM_GLOBAL_CROPS, num_images)),
-            targets,
-            student_temp=self.student_temp,
-            ignore_diagonal=ignore,
-        )
-        ibot = ibot_loss(
-            student.patch_logits,
-            teacher.patch_probs,
-            batch["masks_weight"],
-            len(batch["masks"]),
-            student_temp=self.student_temp,
-        )
-        koleo = self._koleo(student.global_cls.unflatten(0, (NUM_GLOBAL_CROPS, num_images)))
-        local_weight = self.step_values.get("dino_local_weight", 1.0)
-        global_pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - ignore)
-        local_pairs = NUM_GLOBAL_CROPS * num_local
-        pairs = global_pairs + local_pairs
-        total = (
-            self.dino["weight"] * (local_pairs / pairs) * local_weight * local
-            + self.dino["weight"] * (global_pairs / pairs) * glob
-            + self.koleo["weight"] * NUM_GLOBAL_CROPS * koleo
-            + self.ibot["weight"] * ibot
-        )
-        return total, {
-            "dino_local_loss": local,
-            "dino_global_loss": glob,
-            "koleo_loss": koleo,
-            "ibot_loss": ibot,
-            "dino_local_weight": _as_scalar(local_weight, total),
-        }
-
-    def _koleo(self, cls: Tensor) -> Tensor:
-        """Mean KoLeo loss of the global crops (2, B, D)."""
-        if self.koleo["weight"] == 0:
-            return torch.zeros((), device=cls.device)
-        return koleo_loss(
-            cls,
-            topk=self.koleo["topk"],
-            distributed=self.koleo["distributed"],
-            loss_group_size=self.koleo["group_size"],
-        )
-
     def _gram_term(
         self, teacher: TeacherView, student: StudentView, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Weighted Gram term and its values; None while it has neither weight nor teacher."""
         weight = self.step_values.get("gram_weight", self.gram["weight"])
-        logs = {"gram_weight": _as_scalar(weight, student.patches)}
+        logs = {"gram_weight": as_scalar(weight, student.patches)}
         if not self.gram_teacher_ready:
             if isinstance(weight, Tensor) or weight != 0:
                 raise RuntimeError(
@@ -400,7 +332,7 @@ class DINOv3(BaseModel):
                     "dict(type='GramAnchorHook', checkpoint=... or load_ema_at=...) to "
                     "custom_hooks, or call model.load_gram_teacher(FILE)"
                 )
-            return None, {**logs, "gram_loss": _as_scalar(0.0, student.patches)}
+            return None, {**logs, "gram_loss": as_scalar(0.0, student.patches)}
         targets = self._gram_targets(teacher, batch)
         loss, stats = gram_term(student.patches, targets, batch, self.gram)
         return weight * loss, {**logs, "gram_loss": loss, **stats}
@@ -428,27 +360,3 @@ class DINOv3(BaseModel):
         return torch.autocast(
             images.device.type, torch.bfloat16, enabled=self.compute_dtype == "bf16"
         )
-
-
-def _count_crops(batch: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Images B and local crops per image of a batch.
-
-    Raises:
-        ValueError: numbers of crops or masks that do not belong together.
-    """
-    num_global, num_local = len(batch["global_crops"]), len(batch["local_crops"])
-    num_images = num_global // NUM_GLOBAL_CROPS
-    whole = num_images and num_global == NUM_GLOBAL_CROPS * num_images
-    if not whole or not num_local or num_local % num_images or len(batch["masks"]) != num_global:
-        raise ValueError(
-            f"a batch of B images has {NUM_GLOBAL_CROPS}B global crops and masks, and a positive "
-            f"multiple of B local crops; got {num_global}, {len(batch['masks'])} and {num_local}"
-        )
-    return num_images, num_local // num_images
-
-
-def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    """``value`` as a float32 scalar on the device of ``like``, without a copy from the host."""
-    if isinstance(value, Tensor):
-        return value.to(like.device, torch.float32)
-    return torch.full((), value, device=like.device, dtype=torch.float32)

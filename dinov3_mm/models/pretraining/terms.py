@@ -1,0 +1,136 @@
+"""The terms of the loss that compare crops and patches: DINO, iBOT and KoLeo."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..losses import dino_loss, ibot_loss, koleo_loss
+
+NUM_GLOBAL_CROPS = 2
+
+
+class TeacherView(NamedTuple):
+    """What the EMA teacher sees in the global crops: (2B, D), (2B, N, D), (2B, K), (M, K')."""
+
+    cls: Tensor
+    patches: Tensor
+    cls_probs: Tensor
+    patch_probs: Tensor
+
+
+class StudentView(NamedTuple):
+    """What the student sees: CLS before the head (2B, D) and its logits, patches and logits."""
+
+    global_cls: Tensor
+    patches: Tensor
+    global_logits: Tensor
+    local_logits: Tensor
+    patch_logits: Tensor
+
+
+def image_terms(
+    teacher: TeacherView,
+    student: StudentView,
+    batch: Mapping[str, Tensor],
+    *,
+    num_local: int,
+    local_weight: float | Tensor,
+    student_temp: float,
+    dino: Mapping[str, Any],
+    ibot: Mapping[str, Any],
+    koleo: Mapping[str, Any],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of the terms, and each of them unweighted.
+
+    The two DINO terms share ``dino['weight']`` in proportion to their numbers of crop pairs.
+
+    Args:
+        teacher: the teacher's view of the batch.
+        student: the student's view.
+        batch: holds ``masks`` and ``masks_weight``.
+        num_local: local crops per image.
+        local_weight: further factor of the local DINO term.
+        student_temp: temperature of the student's softmax.
+        dino: settings of the DINO terms, see ``DINOv3``.
+        ibot: settings of the iBOT term.
+        koleo: settings of the KoLeo term.
+    """
+    targets = _per_crop(teacher.cls_probs, NUM_GLOBAL_CROPS)
+    ignore_diagonal = dino["global_ignore_diagonal"]
+    local_loss = dino_loss(
+        _per_crop(student.local_logits, num_local), targets, student_temp=student_temp
+    )
+    global_loss = dino_loss(
+        _per_crop(student.global_logits, NUM_GLOBAL_CROPS),
+        targets,
+        student_temp=student_temp,
+        ignore_diagonal=ignore_diagonal,
+    )
+    patch_loss = ibot_loss(
+        student.patch_logits,
+        teacher.patch_probs,
+        batch["masks_weight"],
+        len(batch["masks"]),
+        student_temp=student_temp,
+    )
+    spread_loss = _koleo_term(_per_crop(student.global_cls, NUM_GLOBAL_CROPS), koleo)
+
+    global_pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - ignore_diagonal)
+    local_pairs = NUM_GLOBAL_CROPS * num_local
+    local_share = local_pairs / (local_pairs + global_pairs)
+    total = (
+        dino["weight"] * local_share * local_weight * local_loss
+        + dino["weight"] * (1 - local_share) * global_loss
+        + koleo["weight"] * NUM_GLOBAL_CROPS * spread_loss
+        + ibot["weight"] * patch_loss
+    )
+    return total, {
+        "dino_local_loss": local_loss,
+        "dino_global_loss": global_loss,
+        "koleo_loss": spread_loss,
+        "ibot_loss": patch_loss,
+        "dino_local_weight": as_scalar(local_weight, total),
+    }
+
+
+def _koleo_term(cls: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Mean KoLeo loss of the global crops (2, B, D)."""
+    if options["weight"] == 0:
+        return torch.zeros((), device=cls.device)
+    return koleo_loss(
+        cls,
+        topk=options["topk"],
+        distributed=options["distributed"],
+        loss_group_size=options["group_size"],
+    )
+
+
+def _per_crop(rows: Tensor, num_crops: int) -> Tensor:
+    """Crop-major rows (crops * B, ...) to (crops, B, ...)."""
+    return rows.unflatten(0, (num_crops, -1))
+
+
+def count_local_crops(batch: Mapping[str, Tensor]) -> int:
+    """Local crops per image of a batch.
+
+    Raises:
+        ValueError: numbers of crops or masks that do not belong together.
+    """
+    num_global, num_local = len(batch["global_crops"]), len(batch["local_crops"])
+    num_images = num_global // NUM_GLOBAL_CROPS
+    whole = num_images and num_global == NUM_GLOBAL_CROPS * num_images
+    if not whole or not num_local or num_local % num_images or len(batch["masks"]) != num_global:
+        raise ValueError(
+            f"a batch of B images has {NUM_GLOBAL_CROPS}B global crops and masks, and a positive "
+            f"multiple of B local crops; got {num_global}, {len(batch['masks'])} and {num_local}"
+        )
+    return num_local // num_images
+
+
+def as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """``value`` as a float32 scalar on the device of ``like``, without a copy from the host."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, torch.float32)
+    return torch.full((), value, device=like.device, dtype=torch.float32)
