@@ -40,7 +40,8 @@ class FrozenFeatureHook(Hook):
         backbone: attribute path of the backbone within the model.
         mean, std: per-channel statistics in [0, 1] of the backbone's inputs; by default those of
             the model's data preprocessor.
-        dtype: ``'fp32'`` or ``'bf16'`` (autocast).
+        dtype: ``'fp32'`` or ``'bf16'`` (autocast); by default the model's ``compute_dtype``, and
+            ``'fp32'`` for a model without one.
         batch_size: images per forward of one process.
         num_workers: loading processes; with 0 and ``cache`` the inputs stay in memory.
         cache: keep this rank's share of the inputs in memory between evaluations.
@@ -61,14 +62,14 @@ class FrozenFeatureHook(Hook):
         backbone: str = "teacher.backbone",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        dtype: str = "fp32",
+        dtype: str | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
         cache: bool = True,
     ) -> None:
         if interval < 1:
             raise ValueError(f"interval must be a positive number of iterations, got {interval}")
-        if dtype not in ("fp32", "bf16"):
+        if dtype not in (None, "fp32", "bf16"):
             raise ValueError(f"dtype must be 'fp32' or 'bf16', got {dtype!r}")
         if cache and num_workers:
             raise ValueError(
@@ -76,15 +77,12 @@ class FrozenFeatureHook(Hook):
             )
         self.interval, self.at_start, self.backbone_path = interval, at_start, backbone
         self.image_size, self.resize_size, self.cache = image_size, resize_size, cache
+        self.dtype = dtype
         self._last_step: int | None = None
         if (mean is None) != (std is None):
             raise ValueError("mean and std belong together: give both or neither")
         self.statistics = None if mean is None else (tuple(mean), tuple(std))
-        self.extraction = {
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-            "amp_dtype": torch.bfloat16 if dtype == "bf16" else None,
-        }
+        self.loading = {"batch_size": batch_size, "num_workers": num_workers}
 
     @abstractmethod
     def prepare(self) -> None:
@@ -100,8 +98,9 @@ class FrozenFeatureHook(Hook):
 
     def before_train(self, runner) -> None:
         """Build the sources and measure the starting point."""
-        if self.statistics is None:
-            self.statistics = _statistics_of(_unwrapped(runner.model))
+        model = _unwrapped(runner.model)
+        self.statistics = self.statistics or _statistics_of(model)
+        self.dtype = self.dtype or getattr(model, "compute_dtype", "fp32")
         clock = _clock(runner)
         with clock.paused(), preserved_random_state():
             self.prepare()
@@ -135,8 +134,15 @@ class FrozenFeatureHook(Hook):
     def extract(self, backbone: nn.Module, images: CachedImages, patches: bool = False) -> Features:
         """Features of a set under the hook's settings."""
         mean, std = self.statistics
+        amp_dtype = torch.bfloat16 if self.dtype == "bf16" else None
         return extract_features(
-            backbone, images, mean=mean, std=std, patches=patches, **self.extraction
+            backbone,
+            images,
+            mean=mean,
+            std=std,
+            patches=patches,
+            amp_dtype=amp_dtype,
+            **self.loading,
         )
 
     def _run(self, runner, step: int) -> None:
