@@ -133,7 +133,7 @@ def test_views_of_teacher_student_and_gram_teacher():
         teacher, student = model._run_teacher(batch), model._run_student(batch)
         gram = model._gram_targets(teacher, batch)
     for actual, name in (
-        (teacher.cls, "teacher_out.cls_pre_head"),
+        (teacher.cls.unflatten(0, (2, 4)), "teacher_out.cls_pre_head"),
         (teacher.patches.unflatten(0, (2, 4))[:, :2], "teacher_out.patch_pre_head_first2"),
         (teacher.cls_probs.unflatten(0, (2, 4)), "teacher_out.cls_centered"),
         (teacher.patch_probs, "teacher_out.masked_patch_centered"),
