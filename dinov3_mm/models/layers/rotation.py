@@ -11,7 +11,11 @@ QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 
 
 def rotate_packed_qkv(
-    qkv: Tensor, num_heads: int, shapes: list[SequenceShape], tables: list[RopeTables]
+    qkv: Tensor,
+    num_heads: int,
+    shapes: list[SequenceShape],
+    tables: list[RopeTables],
+    dtype: torch.dtype | None = None,
 ) -> list[QueryKeyValue]:
     """Split packed projections into entries and rotate their queries and keys.
 
@@ -24,16 +28,18 @@ def rotate_packed_qkv(
         num_heads: heads that share the D channels.
         shapes: (images, tokens) of each packed entry.
         tables: sine and cosine (N, head_dims / 2) of each entry.
+        dtype: dtype of the result; None keeps that of ``qkv``.
 
     Returns:
         Queries, keys and values of each entry, (images, heads, tokens, head_dims) each.
     """
+    dtype = dtype or qkv.dtype
     if qkv.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         flat_tables = [table for pair in tables for table in pair]
-        flat = _RotatePackedQKV.apply(qkv, num_heads, shapes, *flat_tables)
+        flat = _RotatePackedQKV.apply(qkv, num_heads, shapes, dtype, *flat_tables)
         return [flat[i : i + 3] for i in range(0, len(flat), 3)]
     return [
-        _rotated(entry, *pair)
+        _rotate_entry(entry, dtype, *pair)
         for entry, pair in zip(_split_heads(qkv, num_heads, shapes), tables, strict=True)
     ]
 
@@ -43,13 +49,18 @@ class _RotatePackedQKV(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, qkv: Tensor, num_heads: int, shapes: list[SequenceShape], *flat_tables: Tensor
+        ctx,
+        qkv: Tensor,
+        num_heads: int,
+        shapes: list[SequenceShape],
+        dtype: torch.dtype,
+        *flat_tables: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*flat_tables)
         ctx.num_heads, ctx.shapes = num_heads, shapes
         ctx.qkv_shape, ctx.qkv_dtype = qkv.shape, qkv.dtype
         entries = zip(_split_heads(qkv, num_heads, shapes), flat_tables[::2], flat_tables[1::2])
-        return tuple(t for entry, sin, cos in entries for t in _rotated(entry, sin, cos))
+        return tuple(t for entry, *pair in entries for t in _rotate_entry(entry, dtype, *pair))
 
     @staticmethod
     @once_differentiable
@@ -63,7 +74,7 @@ class _RotatePackedQKV(torch.autograd.Function):
             _rotate_into(entry[:, :, 0], grad_q, *inverse)
             _rotate_into(entry[:, :, 1], grad_k, *inverse)
             entry[:, :, 2].copy_(grad_v)
-        return grad_qkv, None, None, *[None] * len(flat_tables)
+        return grad_qkv, None, None, None, *[None] * len(flat_tables)
 
 
 def _split_heads(qkv: Tensor, num_heads: int, shapes: list[SequenceShape]) -> list[Tensor]:
@@ -75,43 +86,52 @@ def _split_heads(qkv: Tensor, num_heads: int, shapes: list[SequenceShape]) -> li
     ]
 
 
-def _rotated(qkv: Tensor, sin: Tensor, cos: Tensor) -> QueryKeyValue:
-    """New queries and keys, and a view of the values, (images, heads, tokens, head_dims) each."""
+def _rotate_entry(qkv: Tensor, dtype: torch.dtype, sin: Tensor, cos: Tensor) -> QueryKeyValue:
+    """Queries, keys and values of one entry, (images, heads, tokens, head_dims) each."""
     query_key = qkv[:, :, :2]
     if torch.compiler.is_compiling():
-        rotated = _rotate(query_key, sin, cos)
-    else:
+        rotated = _rotate(query_key, sin, cos).to(dtype)
+    elif query_key.dtype == sin.dtype:
         rotated = torch.empty_like(query_key, memory_format=torch.contiguous_format)
         _rotate_into(rotated, query_key, sin, cos)
+        rotated = rotated.to(dtype)
+    else:
+        rotated = _rotate_cast(query_key, sin, cos).to(dtype)
     q, k = rotated.transpose(1, 3).unbind(2)
-    return q, k, qkv[:, :, 2].transpose(1, 2)
+    return q, k, qkv[:, :, 2].transpose(1, 2).to(dtype)
 
 
 def _rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Rotated copy of ``x`` (images, tokens, ..., head_dims): plain arithmetic, for a compiler."""
+    """Rotation of ``x`` (images, tokens, ..., head_dims) in plain arithmetic, for a compiler."""
     num_prefix, sin, cos = _align(x, sin, cos)
     y = x.to(sin.dtype)
     first, second = y[:, num_prefix:].chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((y[:, :num_prefix], rotated), dim=1).to(x.dtype)
+    return torch.cat((y[:, :num_prefix], rotated), dim=1)
 
 
 def _rotate_into(out: Tensor, x: Tensor, sin: Tensor, cos: Tensor) -> None:
     """Write the rotation of ``x`` (images, tokens, ..., head_dims) to ``out``."""
+    if not x.dtype == sin.dtype == out.dtype:
+        out.copy_(_rotate_cast(x, sin, cos))
+        return
     num_prefix, sin, cos = _align(x, sin, cos)
-    if x.dtype == sin.dtype:
-        out[:, :num_prefix] = x[:, :num_prefix]
-        first, second = x[:, num_prefix:].chunk(2, dim=-1)
-        out_first, out_second = out[:, num_prefix:].chunk(2, dim=-1)
-        _add_product_(torch.mul(first, cos, out=out_first), second, sin, -1)
-        _add_product_(torch.mul(second, cos, out=out_second), first, sin, 1)
-    else:
-        x = x.to(sin.dtype, memory_format=torch.contiguous_format)
-        first, second = x[:, num_prefix:].chunk(2, dim=-1)
-        product = first * sin
-        _add_product_(first.mul_(cos), second, sin, -1)
-        second.mul_(cos).add_(product)
-        out.copy_(x)
+    out[:, :num_prefix] = x[:, :num_prefix]
+    first, second = x[:, num_prefix:].chunk(2, dim=-1)
+    out_first, out_second = out[:, num_prefix:].chunk(2, dim=-1)
+    _add_product_(torch.mul(first, cos, out=out_first), second, sin, -1)
+    _add_product_(torch.mul(second, cos, out=out_second), first, sin, 1)
+
+
+def _rotate_cast(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Rotation of ``x`` (images, tokens, ..., head_dims) in the dtype of the tables."""
+    num_prefix, sin, cos = _align(x, sin, cos)
+    x = x.to(sin.dtype, copy=True, memory_format=torch.contiguous_format)
+    first, second = x[:, num_prefix:].chunk(2, dim=-1)
+    product = first * sin
+    _add_product_(first.mul_(cos), second, sin, -1)
+    second.mul_(cos).add_(product)
+    return x
 
 
 def _add_product_(out: Tensor, x: Tensor, table: Tensor, sign: int) -> None:

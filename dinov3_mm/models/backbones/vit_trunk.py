@@ -1,0 +1,274 @@
+"""The mathematics of the ViT: tokens, blocks, final norms, initialisation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import initialize
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..layers import (
+    Block,
+    LayerNorm,
+    LayerScale,
+    MaskedKBiasLinear,
+    PatchEmbed,
+    RMSNorm,
+    RotaryEmbedding2D,
+    SequenceShape,
+    build_norm,
+    draw_subset,
+    ffn_hidden_dims,
+)
+
+_SELF_INITIALISED = (PatchEmbed, RotaryEmbedding2D, LayerScale, LayerNorm, RMSNorm)
+_BLOCK_SETTINGS = (
+    "ffn_layer",
+    "ffn_ratio",
+    "ffn_bias",
+    "qkv_bias",
+    "mask_k_bias",
+    "proj_bias",
+    "layer_scale_init_value",
+    "norm_layer",
+)
+# Inference on the CPU runs as many images at a time as keep the widest activation within this many
+# bytes: such buffers stay in the cache and in the allocator, larger ones are mapped afresh by the
+# operating system for every layer (32 MiB is where glibc always does so).
+_CHUNK_BYTES_PER_THREAD = 4 * 2**20
+_MAX_CHUNK_BYTES = 24 * 2**20
+
+Grid = tuple[int, int]  # rows and columns of patches
+
+
+class ViTTrunk(BaseModule):
+    """Parameters and forward pass on packed tokens; :class:`DINOv3ViT` adds the interface.
+
+    The tokens of all images of all entries form one matrix (sum of B * T, D), so that norms and
+    linears run once whatever the number of resolutions; only attention works per entry.
+
+    Args:
+        settings: every architecture value, see ``resolve_vit_arch``.
+        rope_augmentation: ``shift_coords``, ``jitter_coords``, ``rescale_coords``.
+        drop_path_rate: share of the images that skip a residual branch in training.
+        attn_backend: see ``SelfAttention``.
+        with_cp: recompute blocks in the backward pass.
+        init_cfg: MMEngine initialisation config.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        *,
+        rope_augmentation: dict[str, float | None],
+        drop_path_rate: float,
+        attn_backend: str,
+        with_cp: bool,
+        init_cfg: dict | list[dict] | None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate is {drop_path_rate}; expected a value in [0, 1)")
+        self.arch_settings = settings
+        self.embed_dims = self.embed_dim = self.num_features = settings["embed_dims"]
+        self.num_layers = self.n_blocks = settings["num_layers"]
+        self.num_heads = settings["num_heads"]
+        self.patch_size = settings["patch_size"]
+        self.num_registers = self.n_storage_tokens = settings["num_registers"]
+        self.chunked_blocks = False
+        self.drop_path_rate = drop_path_rate
+        self.attn_backend = attn_backend
+        self.with_cp = with_cp
+        self._build_modules(rope_augmentation)
+
+    def _build_modules(self, rope_augmentation: dict[str, float | None]) -> None:
+        settings, dims = self.arch_settings, self.embed_dims
+        # Registration order is the key order of the official files and the order of random draws.
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dims))
+        if self.num_registers:
+            self.storage_tokens = nn.Parameter(torch.zeros(1, self.num_registers, dims))
+        self.mask_token = nn.Parameter(torch.zeros(1, dims))
+        self.patch_embed = PatchEmbed(settings["in_channels"], dims, self.patch_size)
+        self.rope_embed = RotaryEmbedding2D(
+            dims // self.num_heads,
+            base=settings["rope_base"],
+            min_period=settings["rope_min_period"],
+            max_period=settings["rope_max_period"],
+            normalize_coords=settings["rope_normalize_coords"],
+            dtype=settings["rope_dtype"],
+            **rope_augmentation,
+        )
+        block_settings = {key: settings[key] for key in _BLOCK_SETTINGS}
+        self.blocks = nn.ModuleList(
+            Block(dims, self.num_heads, attn_backend=self.attn_backend, **block_settings)
+            for _ in range(self.num_layers)
+        )
+        norm = settings["norm_layer"]
+        self.norm = build_norm(norm, dims)
+        untie_cls = settings["untie_cls_and_patch_norms"]
+        self.cls_norm = build_norm(norm, dims) if untie_cls else None
+        untie_local = settings["untie_global_and_local_cls_norm"]
+        self.local_cls_norm = build_norm(norm, dims) if untie_local else None
+        self.head = nn.Identity()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Write every parameter and buffer, then run ``init_cfg``.
+
+        Linear weights and tokens are drawn with standard deviation 0.02 from torch's default
+        generator, in the order of registration; mask token and biases are 0.
+        """
+        nn.init.normal_(self.cls_token, std=0.02)
+        if self.num_registers:
+            nn.init.normal_(self.storage_tokens, std=0.02)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+                if isinstance(module, MaskedKBiasLinear):
+                    module.reset_bias_mask()
+            elif isinstance(module, _SELF_INITIALISED):
+                module.init_weights()
+        if self.init_cfg:
+            initialize(self, self.init_cfg)
+        self._is_init = True
+
+    def _embed(
+        self, images: list[Tensor], masks: list[Tensor | None]
+    ) -> tuple[Tensor, list[SequenceShape], list[Grid]]:
+        """Packed tokens, (B, T) of each entry, and its grid of patches."""
+        self._check_inputs(images, masks)
+        grids = [self.patch_embed.grid_size(batch) for batch in images]
+        counts = [rows * columns for rows, columns in grids]
+        patches = self.patch_embed(images)
+        entries = patches.split([len(batch) * n for batch, n in zip(images, counts)])
+        prefix = self._prefix(patches.dtype, use_mask_token=all(mask is None for mask in masks))
+        packed = []
+        for batch, n, entry, mask in zip(images, counts, entries, masks):
+            entry = entry.view(len(batch), n, -1)
+            if mask is not None:
+                entry = torch.where(mask[..., None], self.mask_token.to(entry.dtype), entry)
+            tokens = torch.cat((prefix.expand(len(batch), -1, -1), entry), dim=1)
+            packed.append(tokens.flatten(0, 1))
+        shapes = [(len(batch), prefix.shape[1] + n) for batch, n in zip(images, counts)]
+        return packed[0] if len(packed) == 1 else torch.cat(packed), shapes, grids
+
+    def _prefix(self, dtype: torch.dtype, *, use_mask_token: bool) -> Tensor:
+        """CLS and register tokens (1, 1 + R, D)."""
+        prefix = self.cls_token
+        if use_mask_token and torch.is_grad_enabled():
+            # Distributed wrappers expect a gradient for every parameter, masks or not.
+            prefix = prefix + 0 * self.mask_token
+        if self.num_registers:
+            prefix = torch.cat((prefix, self.storage_tokens), dim=1)
+        return prefix.to(dtype)
+
+    def _check_inputs(self, images: list[Tensor], masks: list[Tensor | None]) -> None:
+        if not images or len(images) != len(masks):
+            raise ValueError(
+                f"got {len(images)} batches of images and {len(masks)} masks; expected at least "
+                "one batch, and one mask (or None) for each"
+            )
+        channels, p = self.arch_settings["in_channels"], self.patch_size
+        for batch, mask in zip(images, masks):
+            shape = tuple(batch.shape)
+            if len(shape) != 4 or shape[1] != channels or min(shape[2:]) < p:
+                raise ValueError(
+                    f"images have shape {shape}; expected (B, {channels}, H, W) with sides of at "
+                    f"least one patch ({p} pixels)"
+                )
+            if not batch.is_floating_point():
+                raise TypeError(
+                    f"images have dtype {batch.dtype}; expected normalised floating-point images"
+                )
+            if mask is None:
+                continue
+            rows, columns = self.patch_embed.grid_size(batch)
+            if mask.dtype != torch.bool:
+                raise TypeError(f"the mask has dtype {mask.dtype}; expected torch.bool")
+            if tuple(mask.shape) != (shape[0], rows * columns):
+                raise ValueError(
+                    f"the mask has shape {tuple(mask.shape)}; expected {(shape[0], rows * columns)}"
+                    f" for images of shape {shape}: one value per patch"
+                )
+
+    def _run_blocks(
+        self, x: Tensor, shapes: list[SequenceShape], grids: list[Grid], layers: Sequence[int]
+    ) -> list[Tensor]:
+        """Packed outputs of the blocks ``layers`` (ascending); later blocks are not run."""
+        outputs = []
+        for index in range(layers[-1] + 1):
+            block = self.blocks[index]
+            # All draws are made here, so that a block is a function of its arguments: recomputing
+            # it under checkpointing needs no restored random state.
+            inputs: list[Any] = [[self.rope_embed(*grid, augment=block.training) for grid in grids]]
+            if block.training and self.drop_path_rate > 0:
+                inputs += [draw_subset(shapes, self.drop_path_rate, x.device) for _ in range(2)]
+            if self.with_cp and torch.is_grad_enabled():
+                x = checkpoint(
+                    block, x, shapes, *inputs, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = block(x, shapes, *inputs)
+            if index in layers:
+                outputs.append(x)
+        return outputs
+
+    def _run_blocks_in_chunks(
+        self, x: Tensor, shapes: list[SequenceShape], grids: list[Grid], layers: Sequence[int]
+    ) -> list[Tensor]:
+        """:meth:`_run_blocks`, on few images at a time where that is faster."""
+        max_rows = self._max_chunk_rows(x)
+        if max_rows is None or len(x) <= max_rows:
+            return self._run_blocks(x, shapes, grids, layers)
+        outputs = [torch.empty_like(x) for _ in layers]
+        start = 0
+        for (images, tokens), grid in zip(shapes, grids):
+            step = max(1, max_rows // tokens)
+            for first in range(0, images, step):
+                count = min(step, images - first)
+                rows = slice(start, start + count * tokens)
+                parts = self._run_blocks(x[rows], [(count, tokens)], [grid], layers)
+                for output, part in zip(outputs, parts):
+                    output[rows] = part
+                start = rows.stop
+        return outputs
+
+    def _max_chunk_rows(self, x: Tensor) -> int | None:
+        """Tokens to run at a time, None for all. In training mode images depend on each other."""
+        if self.training or torch.is_grad_enabled() or x.device.type != "cpu":
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        settings = self.arch_settings
+        hidden = ffn_hidden_dims(settings["ffn_layer"], self.embed_dims, settings["ffn_ratio"])
+        budget = min(torch.get_num_threads() * _CHUNK_BYTES_PER_THREAD, _MAX_CHUNK_BYTES)
+        return budget // (max(hidden, 3 * self.embed_dims) * x.element_size())
+
+    def _final_norm(self, x: Tensor, shapes: list[SequenceShape]) -> list[tuple[Tensor, Tensor]]:
+        """Normed prefix (B, 1 + R, D) and patches (B, N, D) of each packed entry."""
+        norms = [self._prefix_norm(index) for index in range(len(shapes))]
+        if all(norm is self.norm for norm in norms):
+            return [self._split_prefix(entry) for entry in unpack(self.norm(x), shapes)]
+        pairs = [self._split_prefix(entry) for entry in unpack(x, shapes)]
+        return [(norm(prefix), self.norm(patches)) for norm, (prefix, patches) in zip(norms, pairs)]
+
+    def _prefix_norm(self, index: int) -> nn.Module:
+        """Final norm of CLS and registers for entry ``index`` of a list."""
+        if self.local_cls_norm is not None and self.local_cls_norm.training and index == 1:
+            return self.local_cls_norm
+        return self.norm if self.cls_norm is None else self.cls_norm
+
+    def _split_prefix(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        num_prefix = 1 + self.num_registers
+        return tokens.split((num_prefix, tokens.shape[1] - num_prefix), dim=1)
+
+
+def unpack(x: Tensor, shapes: list[SequenceShape]) -> list[Tensor]:
+    """Views (B, T, D) of the packed entries."""
+    parts = x.split([images * tokens for images, tokens in shapes])
+    return [part.view(*shape, -1) for part, shape in zip(parts, shapes)]
