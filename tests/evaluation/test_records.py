@@ -24,6 +24,7 @@ def test_clock_leaves_out_evaluations(now):
         now[0] += 7
         with clock.paused():
             now[0] += 1
+        now[0] += 1
         assert clock.seconds == 10
     now[0] += 2
     assert clock.seconds == 12

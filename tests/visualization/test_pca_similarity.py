@@ -23,8 +23,10 @@ def test_projection_is_white_and_its_sign_is_fixed():
     z = pca.project(features).flatten(0, 1).double()
     torch.testing.assert_close(z.mean(0), torch.zeros(3).double(), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.T @ z / len(z), torch.eye(3).double(), atol=1e-5, rtol=0)
-    largest = pca.components.gather(0, pca.components.abs().argmax(0, keepdim=True))
-    assert (largest > 0).all()
+    for _ in range(5):
+        components = PatchPCA(_features()).components
+        largest = components.gather(0, components.abs().argmax(0, keepdim=True))
+        assert (largest > 0).all()
 
 
 def test_colours_do_not_depend_on_order_or_scale():
