@@ -4,9 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The largest scaled logit is moved here before the exponential. exp() then neither overflows for
-# any logits nor loses the entries that are up to exp(-127) times smaller than the largest.
-PEAK = 40.0
+TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
@@ -22,7 +20,9 @@ def sinkhorn_knopp(
     The matrix ``exp(logits / temp)`` of the samples of all ranks is normalised alternately per
     prototype and per sample. Ranks may hold different numbers of samples, also none. The iteration
     runs on two scaling vectors, so the matrix is only read; its total mass and the number of
-    samples cancel and need no communication. Each iteration all-reduces one vector of length K.
+    samples cancel and need no communication. The first normalisation absorbs any factor per
+    prototype, so each prototype's largest entry can be 1 and nothing overflows, whatever the
+    logits. Each iteration all-reduces one vector of length K, the start another one.
 
     Args:
         logits: (n, K) logits of this rank's samples, any floating dtype; left unchanged.
@@ -31,26 +31,28 @@ def sinkhorn_knopp(
         group: ranks that share the problem (default: all ranks, if a process group exists).
 
     Returns:
-        (n, K) float32 probabilities without gradient; every row sums to 1 (if ``num_iters > 0``).
+        (n, K) float32 probabilities without gradient. With ``num_iters > 0`` every row sums to 1,
+        or to 0 if all its entries are smaller than the prototypes' largest by e^-87 or more.
     """
     matrix = logits.to(torch.float32, copy=True).div_(temp)
-    peak = matrix.max() if len(matrix) else matrix.new_full((), -torch.inf)
-    _all_reduce(peak, dist.ReduceOp.MAX, group)
-    matrix.sub_(peak - PEAK).exp_()
+    peaks = matrix.amax(0) if len(matrix) else matrix.new_full(matrix.shape[1:], -torch.inf)
+    _all_reduce(peaks, dist.ReduceOp.MAX, group)
     if num_iters == 0:
+        matrix.sub_(peaks.max()).exp_()
         return matrix.div_(_mean_row_sum(matrix, group))
 
-    per_sample = matrix.new_ones(matrix.shape[0])
+    matrix.sub_(peaks).exp_()
+    per_sample = matrix.new_ones(len(matrix))
     for _ in range(num_iters):
         mass = torch.mv(matrix.t(), per_sample)  # (K,) mass of each prototype over all samples
         _all_reduce(mass, dist.ReduceOp.SUM, group)
         per_prototype = mass.reciprocal_()
-        per_sample = torch.mv(matrix, per_prototype).reciprocal_()
+        per_sample = torch.mv(matrix, per_prototype).clamp_(min=TINY).reciprocal_()
     return matrix.mul_(per_prototype).mul_(per_sample.unsqueeze(1))
 
 
 def _mean_row_sum(matrix: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    total = torch.stack([matrix.sum(), matrix.new_tensor(float(len(matrix)))])
+    total = torch.stack([matrix.sum(), matrix.new_full((), float(len(matrix)))])
     _all_reduce(total, dist.ReduceOp.SUM, group)
     return total[0] / total[1]
 
