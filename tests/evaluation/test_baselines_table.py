@@ -40,6 +40,14 @@ def test_colour_histogram_of_two_colours():
     assert histogram[0] == histogram[63] == pytest.approx(0.5**0.5)
 
 
+def test_colour_histogram_is_numpys():
+    images = ImageSet(ColourSquares(3), 32)
+    for image, actual in zip((images[i] for i in range(3)), colour_histogram(images, bins=8)):
+        pixels = image.flatten(1).T.numpy()
+        expected, _ = np.histogramdd(pixels, bins=8, range=[(0, 256)] * 3)
+        np.testing.assert_allclose(actual.numpy() ** 2, expected.flatten() / 1024, atol=1e-6)
+
+
 def test_raw_pixels_and_patches():
     images = ImageSet(Halves(), 32)
     pixels = raw_pixels(images, 4)[0].view(3, 4, 4)
