@@ -147,6 +147,24 @@ def test_broken_images_are_counted_and_logged_once(folder, workers):
     assert all("OSError: image file is truncated" in text for text in records)
 
 
+class _OneImage:
+    def __len__(self):
+        return 1
+
+    def load_image(self, index):
+        return photo()
+
+
+def test_augmentation_follows_seed_and_position():
+    transform = MultiCrop(32, 16, 2)
+    samples = [
+        MultiCropDataset(_OneImage(), transform, seed)[position]["global_crops"][0]
+        for seed, position in ((0, 0), (0, 0), (0, 1), (1, 0))
+    ]
+    assert (samples[0] == samples[1]).all()
+    assert (samples[0] != samples[2]).any() and (samples[0] != samples[3]).any()
+
+
 class _AllBroken:
     def __len__(self):
         return 10

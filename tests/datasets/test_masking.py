@@ -65,6 +65,12 @@ def test_any_count_is_met_exactly(target):
         assert mask.sum() == target
 
 
+def test_no_block_spans_the_grid():
+    """A 2 x 2 block is all that four patches allow on a 2 x 2 grid, and it must be smaller."""
+    rng = np.random.default_rng(0)
+    assert all(place_blocks(np.zeros((2, 2), bool), 4, 4.0, rng) == 0 for _ in range(50))
+
+
 def test_random_shift_removes_the_centre_bias():
     rng = np.random.default_rng(0)
     masks = [block_mask(64, (16, 16), 128.0, rng, random_shift=True) for _ in range(DRAWS)]

@@ -78,7 +78,7 @@ def test_jitter_factors_and_order():
 
 
 @pytest.mark.parametrize("scale", [(0.32, 1.0), (0.05, 0.32)])
-@pytest.mark.parametrize("shape", [(375, 500), (100, 900)])
+@pytest.mark.parametrize("shape", [(375, 500), (100, 900), (900, 100)])
 def test_resized_crop_is_distributed_as_torchvisions(scale, shape):
     uniform = Uniforms(np.random.default_rng(0))
     boxes = [draw_resized_crop(*shape, scale, (3 / 4, 4 / 3), uniform) for _ in range(1500)]
@@ -93,6 +93,16 @@ def test_resized_crop_is_distributed_as_torchvisions(scale, shape):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
     assert (ours[:, 0] + ours[:, 2] <= shape[0]).all()
     assert (ours[:, 1] + ours[:, 3] <= shape[1]).all()
+
+
+def test_aspect_ratio_is_log_uniform():
+    uniform = Uniforms(np.random.default_rng(0))
+    boxes = [
+        draw_resized_crop(2000, 2000, (0.1, 0.3), (3 / 4, 4 / 3), uniform) for _ in range(4000)
+    ]
+    logs = np.log([box.width / box.height for box in boxes])
+    limit = np.log(4 / 3)
+    assert stats.kstest(logs, "uniform", (-limit, 2 * limit)).pvalue > 1e-3
 
 
 def test_output_shapes_are_the_references():

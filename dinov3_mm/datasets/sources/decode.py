@@ -61,8 +61,8 @@ def decode_image(
     data: bytes, path: str, color: str = "rgb", min_side: int | None = None
 ) -> np.ndarray:
     """Decode the bytes of an image file, see :func:`read_image`; ``path`` is for messages."""
-    # OpenCV decodes JPEG a third faster than PIL, to the same values, but fills up a truncated
-    # file with grey: only complete files take this way.
+    # OpenCV decodes JPEG a third faster than PIL, to the same values, but OpenCV 4 fills up a
+    # truncated file with grey: only complete files take this way.
     if data.startswith(_JPEG_START) and _JPEG_END in data[-_JPEG_PADDING:]:
         image = _decode_jpeg(data, color, min_side)
         if image is not None:
