@@ -45,6 +45,9 @@ class Difference:
 def parity_config(images: Path, work_dir: Path, iters: int):
     """The toy run with a global batch of 12, distributed KoLeo and a live image-level Gram term."""
     cfg = toy_config(images, work_dir)
+    # With the default layer scale of 1e-5 all images start with the same feature, and KoLeo follows
+    # rounding errors.
+    cfg.model.backbone.layer_scale_init_value = 1.0
     cfg.model.backbone.update(drop_path_rate=0.0, rope_jitter_coords=None, rope_rescale_coords=None)
     cfg.model.koleo = dict(weight=0.1, distributed=True)
     cfg.model.gram = dict(weight=1.0, img_level=True, teacher="ema")
@@ -61,18 +64,18 @@ def parity_config(images: Path, work_dir: Path, iters: int):
     return cfg
 
 
-def train_alone(folder: Path, images: Path, iters: int) -> Path:
+def train_alone(folder: Path, images: Path, iters: int, *arguments: str) -> Path:
     """One process; its work folder."""
-    train(parity_config(images, folder / "alone", iters), folder)
+    train(parity_config(images, folder / "alone", iters), folder, *arguments)
     return folder / "alone"
 
 
-def train_ranks(folder: Path, images: Path, iters: int, ranks: int) -> Path:
+def train_ranks(folder: Path, images: Path, iters: int, ranks: int, *arguments: str) -> Path:
     """Gloo ranks started by ``tools/dist_train.sh``; their work folder."""
     work_dir = folder / f"ranks{ranks}"
     config = folder / f"ranks{ranks}.py"
     parity_config(images, work_dir, iters).dump(config)
-    run = start_training(config, ranks=ranks)
+    run = start_training(config, *arguments, ranks=ranks)
     output, _ = run.communicate()
     if run.returncode:
         raise RuntimeError(output[-4000:])

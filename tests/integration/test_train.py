@@ -94,6 +94,60 @@ def test_resume_refuses_another_seed(images, straight, tmp_path):
         train(cfg, tmp_path, "--resume", checkpoint, "--seed", "3")
 
 
+def gram_stage(images, work_dir, checkpoint=None):
+    """The toy run as a Gram anchoring stage."""
+    cfg = toy_config(images, work_dir)
+    cfg.model.gram = dict(weight=1.0)
+    cfg.train_dataloader.transform.gram_size = 48
+    cfg.custom_hooks.append(dict(type="GramAnchorHook", checkpoint=checkpoint, load_ema_at=-1))
+    return cfg
+
+
+def test_a_gram_stage_starts_from_a_checkpoint_without_gram_teacher(images, straight, tmp_path):
+    teacher = straight / "exports" / "iter_00000006_teacher.safetensors"
+    cfg = gram_stage(images, tmp_path / "run", str(teacher))
+    cfg.load_from = str(checkpoint_path(straight, 12))
+    train(cfg, tmp_path, "--cfg-options", "train_cfg.max_iters=6")
+    log = next((tmp_path / "run").glob("*/*.log")).read_text()
+    assert "has no gram_teacher: it keeps its initial values" in log
+    anchor = torch.load(checkpoint_path(straight, 6), weights_only=True)["state_dict"]
+    checkpoint = read_training_state(checkpoint_path(tmp_path / "run", 6))
+    state = checkpoint["state_dict"]
+    for name, tensor in state.items():
+        if name.startswith("gram_teacher.backbone."):
+            expected = anchor[name.replace("gram_teacher", "teacher")]
+            assert torch.equal(tensor, expected), name
+    assert read_trace(tmp_path / "run")[1]["gram_loss"] > 0
+    # a new stage counts from one, with a fresh optimizer, from the first stage's weights
+    assert {int(each["step"]) for each in checkpoint["optimizer"]["state"].values()} == {6}
+    start = torch.load(checkpoint_path(straight, 12), weights_only=True)["state_dict"]
+    name = "student.backbone.blocks.0.attn.qkv.weight"
+    first, last = (torch.dist(state[name], tensor[name]) for tensor in (start, anchor))
+    assert 0 < first < last
+
+    # resuming takes the anchor from the checkpoint: the file may be gone
+    cfg.custom_hooks[-1]["checkpoint"] = str(tmp_path / "gone.safetensors")
+    cfg.load_from = None
+    train(cfg, tmp_path, "--resume")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    cfg = gram_stage(images, whole / "run", str(teacher))
+    cfg.load_from = str(checkpoint_path(straight, 12))
+    train(cfg, whole)
+    assert different_tensors(tmp_path / "run", whole / "run", 12) == []
+
+
+def test_a_stage_without_the_gram_teacher_refuses_its_checkpoint(images, straight, tmp_path):
+    teacher = straight / "exports" / "teacher_latest.safetensors"
+    cfg = gram_stage(images, tmp_path / "run", str(teacher))
+    cfg.train_cfg.max_iters = 1
+    train(cfg, tmp_path)
+    cfg = toy_config(images, tmp_path / "next")
+    cfg.load_from = str(checkpoint_path(tmp_path / "run", 1))
+    with pytest.raises(ValueError, match=r"unknown to this config: gram_teacher\.backbone"):
+        train(cfg, tmp_path)
+
+
 @HOOKS.register_module()
 class SignalHook(Hook):
     """Sends this process a signal during an iteration."""
