@@ -313,6 +313,9 @@ def main() -> None:
     print_report(report, args.pairs)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    ratio = min(report[name]["ratio"] for name in ("decode_excluded", "decode_included"))
+    if ratio < MIN_RATIO or report["crop_difference"]["ours_mean"] > MAX_DIFFERENCE:
+        raise SystemExit("a bound is not met")
 
 
 def print_report(report: dict, pairs: int) -> None:
@@ -323,7 +326,7 @@ def print_report(report: dict, pairs: int) -> None:
         print(
             f"{name}: ours {cell['ours_images_per_s']:.1f} images/s/core, torchvision PIL "
             f"{cell['pil_images_per_s']:.1f}, tensor {cell['tensor_images_per_s']:.1f}; median "
-            f" ratio to {cell['peer']} {cell['ratio']:.2f} "
+            f"ratio to {cell['peer']} {cell['ratio']:.2f} "
             f"[{cell['ratio_min']:.2f}, {cell['ratio_max']:.2f}] (at least {MIN_RATIO})"
         )
     crops = report["crop_difference"]
