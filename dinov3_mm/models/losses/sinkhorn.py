@@ -4,8 +4,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TINY = torch.finfo(torch.float32).tiny
-
 
 @torch.no_grad()
 def sinkhorn_knopp(
@@ -20,9 +18,9 @@ def sinkhorn_knopp(
     The matrix ``exp(logits / temp)`` of the samples of all ranks is normalised alternately per
     prototype and per sample. Ranks may hold different numbers of samples, also none. The iteration
     runs on two scaling vectors, so the matrix is only read; its total mass and the number of
-    samples cancel and need no communication. The first normalisation absorbs any factor per
-    prototype, so each prototype's largest entry can be 1 and nothing overflows, whatever the
-    logits. Each iteration all-reduces one vector of length K, the start another one.
+    samples cancel and need no communication. Scaling vectors absorb any factor per prototype and
+    per sample, so the largest entry of each is made 1: nothing overflows and no sum vanishes,
+    whatever the logits. Each iteration all-reduces one vector of length K, the start another one.
 
     Args:
         logits: (n, K) logits of this rank's samples, any floating dtype; left unchanged.
@@ -31,8 +29,7 @@ def sinkhorn_knopp(
         group: ranks that share the problem (default: all ranks, if a process group exists).
 
     Returns:
-        (n, K) float32 probabilities without gradient. With ``num_iters > 0`` every row sums to 1,
-        or to 0 if all its entries are smaller than the prototypes' largest by e^-87 or more.
+        (n, K) float32 probabilities without gradient; every row sums to 1 (if ``num_iters > 0``).
     """
     matrix = logits.to(torch.float32, copy=True).div_(temp)
     peaks = matrix.amax(0) if len(matrix) else matrix.new_full(matrix.shape[1:], -torch.inf)
@@ -41,13 +38,17 @@ def sinkhorn_knopp(
         matrix.sub_(peaks.max()).exp_()
         return matrix.div_(_mean_row_sum(matrix, group))
 
-    matrix.sub_(peaks).exp_()
-    per_sample = matrix.new_ones(len(matrix))
+    matrix.sub_(peaks)
+    sample_peaks = matrix.amax(1, keepdim=True)
+    matrix.sub_(sample_peaks).exp_()
+    per_sample = sample_peaks.squeeze(1).exp_()
     for _ in range(num_iters):
         mass = torch.mv(matrix.t(), per_sample)  # (K,) mass of each prototype over all samples
         _all_reduce(mass, dist.ReduceOp.SUM, group)
         per_prototype = mass.reciprocal_()
-        per_sample = torch.mv(matrix, per_prototype).clamp_(min=TINY).reciprocal_()
+        # The vectors' common factor is free; without this it would grow by n / K per iteration.
+        per_prototype /= per_prototype.mean()
+        per_sample = torch.mv(matrix, per_prototype).reciprocal_()
     return matrix.mul_(per_prototype).mul_(per_sample.unsqueeze(1))
 
 
