@@ -130,8 +130,8 @@ class PretrainDDPStrategy(PretrainStrategy, DDPStrategy):
     The process group must exist (``tools/train.py`` makes it).
 
     Args:
-        model_wrapper (dict, optional): Config of the wrapper. Defaults to
-            ``MMDistributedDataParallel`` without buffer broadcasts.
+        model_wrapper (dict, optional): Further arguments of ``MMDistributedDataParallel``, such as
+            ``dict(find_unused_parameters=True)``.
         sync_bn (str, optional): Convert batch norms: ``'torch'`` or ``'mmcv'``. Defaults to None.
         **kwargs: See :class:`mmengine._strategy.BaseStrategy`.
     """

@@ -38,6 +38,7 @@ def configure(images: Path, work_dir: Path, iters: int):
     """The toy run with its schedules over ``iters`` iterations and a checkpoint every five."""
     cfg = toy_config(images, work_dir, train_cfg__max_iters=iters)
     cfg.default_hooks.checkpoint.interval = INTERVAL
+    cfg.train_dataloader.num_workers = 2
     cfg.custom_hooks[0].lr.total_iters = iters
     cfg.custom_hooks[0].weight_decay.total_iters = iters
     cfg.custom_hooks[1].momentum.total_iters = iters

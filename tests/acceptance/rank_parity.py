@@ -59,7 +59,6 @@ def parity_config(images: Path, work_dir: Path, iters: int):
         cfg.custom_hooks[1].momentum,
     ):
         schedule.total_iters = iters
-    cfg.train_dataloader.num_workers = 0
     cfg.default_hooks.checkpoint.update(interval=iters, export=False)
     return cfg
 

@@ -123,6 +123,8 @@ def test_a_good_config_passes():
             "did you mean 'global_scale'",
         ),
         ("train_dataloader.source.type", "ImagFolder", "did you mean 'ImageFolder'"),
+        ("default_hooks", dict(loger={}), "default_hooks.loger: not a slot, did you mean 'logger'"),
+        ("randomness", dict(sed=1), "randomness: nobody reads 'sed'; did you mean 'seed'"),
         ("train_cfg.max_iter", 1, "train_cfg: PretrainLoop takes no argument 'max_iter'"),
         ("optim_wrapper.optimizer.beta", 1, "optim_wrapper.optimizer: AdamW takes no argument"),
         ("optim_wrapper.constructor", "PretrainConstructor", "did you mean 'PretrainOptimCons"),
@@ -174,7 +176,6 @@ def test_defaults_are_only_filled_where_nothing_was_said():
     assert cfg.default_hooks.logger.type == "ProgressHook"
     assert cfg.default_hooks.runtime_info is None
     assert cfg.randomness == dict(seed=0)
-    assert cfg.launcher == "none"
     assert cfg.strategy.type == "PretrainStrategy"
     assert cfg.optim_wrapper.to_dict() == {**before, "accumulative_counts": 4}
     assert cfg.train_dataloader.masking.patch_size == 16

@@ -16,7 +16,7 @@ from tests.integration.traces import different_tensors, read_trace
 @pytest.mark.slow
 def test_killed_twice(tmp_path):
     images = write_images(tmp_path / "images")
-    cfg = toy_config(images, tmp_path / "killed")
+    cfg = toy_config(images, tmp_path / "killed", train_dataloader__num_workers=2)
     cfg.custom_imports = dict(imports=["tests.integration.kill_hook"])
     cfg.custom_hooks = [*cfg.custom_hooks, dict(type="KillWhileSavingHook", iteration=6)]
     config = tmp_path / "killed.py"

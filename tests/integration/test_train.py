@@ -9,9 +9,15 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from safetensors.torch import load_file
 
 from dinov3_mm.checkpoints import build_backbone, read_metadata
-from dinov3_mm.engine.runner.files import checkpoint_path, export_path, list_checkpoints
+from dinov3_mm.engine.runner.files import (
+    checkpoint_path,
+    export_path,
+    list_checkpoints,
+    list_exports,
+)
 from dinov3_mm.engine.runner.training_state import read_training_state
 from tests.integration.toy_run import toy_config, train, write_images
 from tests.integration.traces import different_tensors, read_trace
@@ -24,7 +30,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(images, tmp_path_factory):
-    """Work folder of twelve uninterrupted iterations."""
+    """Work folder of twelve uninterrupted iterations, loaded in the main process."""
     folder = tmp_path_factory.mktemp("straight")
     train(toy_config(images, folder / "run"), folder)
     return folder / "run"
@@ -32,7 +38,7 @@ def straight(images, tmp_path_factory):
 
 def test_resume_repeats_the_uninterrupted_run_bit_by_bit(images, straight, tmp_path):
     work_dir = tmp_path / "run"
-    cfg = toy_config(images, work_dir)
+    cfg = toy_config(images, work_dir, train_dataloader__num_workers=2)
     train(cfg, tmp_path, "--cfg-options", "train_cfg.max_iters=6")
     train(cfg, tmp_path, "--resume")
     trace = read_trace(work_dir)
@@ -79,6 +85,18 @@ def test_files_of_a_run(straight):
     backbone = build_backbone(latest)
     for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, state["state_dict"][f"teacher.backbone.{name}"]), name
+
+
+def test_exports_at_their_own_interval(images, straight, tmp_path):
+    cfg = toy_config(images, tmp_path / "run", train_cfg__max_iters=7)
+    cfg.default_hooks.checkpoint.update(interval=7, export=False)
+    cfg.custom_hooks.append(dict(type="ExportTeacherHook", interval=2, max_to_keep=3))
+    train(cfg, tmp_path)
+    assert list(list_exports(tmp_path / "run")) == [4, 6, 7]
+    latest = tmp_path / "run" / "exports" / "teacher_latest.safetensors"
+    assert load_file(latest).keys() == build_backbone(latest).state_dict().keys()
+    same = load_file(export_path(straight, 6)), load_file(export_path(tmp_path / "run", 6))
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
 
 
 def test_resume_without_a_checkpoint_starts(images, tmp_path):
@@ -162,7 +180,7 @@ class SignalHook(Hook):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_scheduler_signal_saves_and_ends_the_run(images, straight, tmp_path, number):
-    cfg = toy_config(images, tmp_path / "run")
+    cfg = toy_config(images, tmp_path / "run", train_dataloader__num_workers=1)
     hook = dict(type="SignalHook", iteration=4, number=int(number))
     hooks = cfg.custom_hooks
     cfg.custom_hooks = [*hooks, hook]

@@ -61,7 +61,7 @@ def toy_config(images: Path, work_dir: Path, **changes: object) -> Config:
             train_dataloader=dict(
                 source=dict(type="ImageFolder", root=str(images)),
                 transform=dict(type="MultiCrop", global_size=32, local_size=16, num_local=2),
-                num_workers=2,
+                num_workers=0,
             ),
             optim_wrapper=dict(
                 type="PretrainOptimWrapper",

@@ -14,7 +14,7 @@ from mmengine.registry import RUNNERS, Registry
 
 from dinov3_mm.datasets.loader import LOADER_KEYS, MASKING_KEYS
 from dinov3_mm.datasets.samplers import BatchLayout
-from dinov3_mm.engine.config.defaults import DEFAULT_PATCH_SIZE, patch_size_of
+from dinov3_mm.engine.config.defaults import DEFAULT_HOOKS, DEFAULT_PATCH_SIZE, patch_size_of
 from dinov3_mm.engine.config.signature import accepted_keywords
 from dinov3_mm.engine.config.suggest import hint, nearest
 
@@ -55,7 +55,7 @@ class ConfigError(ValueError):
 
 
 def check_config(cfg: Mapping, *, world_size: int = 1) -> None:
-    """Check keys, types and arguments of a training config.
+    """Check keys, types and arguments of a pretraining config.
 
     Args:
         cfg (Mapping): The config; ``custom_imports`` must already be imported.
@@ -117,6 +117,10 @@ def _check_top_level(cfg: Mapping) -> Iterator[str]:
         meant = None if key in known else nearest(key, known, cutoff=_TYPO_CUTOFF)
         if meant is not None:
             yield f"{key}: not a Runner key, did you mean {meant!r}? (a helper needs another name)"
+    for slot in cfg.get("default_hooks") or {}:
+        meant = None if slot in DEFAULT_HOOKS else nearest(slot, DEFAULT_HOOKS, cutoff=_TYPO_CUTOFF)
+        if meant is not None:
+            yield f"default_hooks.{slot}: not a slot, did you mean {meant!r}?"
 
 
 def _check_untyped(cfg: Mapping) -> Iterator[str]:

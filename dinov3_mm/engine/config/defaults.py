@@ -30,8 +30,6 @@ def fill_defaults(cfg: Config) -> None:
     hooks = cfg.get("default_hooks") or {}
     cfg.default_hooks = ConfigDict({**DEFAULT_HOOKS, **hooks})
     cfg.env_cfg = cfg.get("env_cfg") or ConfigDict()
-    # FlexibleRunner would guess from Slurm's variables; the process group is there or it is not.
-    cfg.launcher = "pytorch" if is_distributed() else "none"
     randomness = cfg.get("randomness") or {}
     cfg.randomness = ConfigDict({**randomness, "seed": randomness.get("seed") or 0})
     strategy = cfg.get("strategy") or ConfigDict(type="PretrainStrategy")
