@@ -15,6 +15,7 @@ model = dict(
     backbone=backbone,
     dino_head=head,
     ibot_head=head,
+    koleo=dict(weight=0.1, distributed=True),
     compute_dtype='bf16',
 )
 
