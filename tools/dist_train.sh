@@ -37,8 +37,9 @@ fi
 "$PYTHON" -m torch.distributed.run "${MEETING[@]}" --nproc-per-node "$GPUS" \
     "$ROOT/tools/train.py" "$CONFIG" --launcher pytorch "$@" &
 CHILD=$!
-# A signal ends the wait, not the training: pass it on and wait for the checkpoint.
-trap 'kill -TERM "$CHILD"' TERM INT
+# A signal ends the wait, not the training: tell the processes, not torchrun, which would report a
+# failure, and wait until they have saved and ended.
+trap 'pkill -TERM -P "$CHILD"' TERM USR1 INT
 wait "$CHILD" && STATUS=0 || STATUS=$?
 while kill -0 "$CHILD" 2>/dev/null; do
     wait "$CHILD" && STATUS=0 || STATUS=$?

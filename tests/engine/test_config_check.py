@@ -28,6 +28,11 @@ class Swallows(nn.Module):
         super().__init__()
 
 
+class SwallowsAll(nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+
+
 class NoArguments(nn.Module):
     pass
 
@@ -82,6 +87,7 @@ def test_signature_follows_keywords_to_the_parents():
     assert accepted_keywords(Base) == {"width", "depth"}
     assert accepted_keywords(NoArguments) == frozenset()
     assert accepted_keywords(Swallows) is None
+    assert accepted_keywords(SwallowsAll) is None
     assert accepted_keywords(lambda a, *, b=1: None) == {"a", "b"}
     assert accepted_keywords(lambda **kwargs: None) is None
 

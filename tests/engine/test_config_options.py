@@ -12,9 +12,9 @@ def config() -> Config:
         dict(
             runner_type="FlexibleRunner",
             train_cfg=dict(type="PretrainLoop", max_iters=10),
-            masking=dict(patch_size=16),
+            train_dataloader=dict(masking=dict(patch_size=16, mask_ratio=[0.1, 0.5])),
             custom_hooks=[dict(type="TeacherEMAHook", momentum=0.99)],
-            sizes=[1, 2],
+            max_iters=10,
         )
     )
 
@@ -57,13 +57,15 @@ def test_merge_reaches_dicts_lists_and_new_arguments():
             "train_cfg.max_iters": 3,
             "custom_hooks.0.momentum": 0.5,
             "custom_hooks.0.teacher_temp": 0.07,  # not in the config, but the hook takes it
-            "sizes.1": 7,
+            "train_dataloader.masking.mask_ratio.1": 0.3,
+            "train_dataloader.num_workers": 2,  # not in the config, but the loader takes it
             "load_from": "x.pth",  # a Runner key
         },
     )
     assert cfg.train_cfg.max_iters == 3
     assert cfg.custom_hooks[0] == dict(type="TeacherEMAHook", momentum=0.5, teacher_temp=0.07)
-    assert cfg.sizes == [1, 7]
+    assert cfg.train_dataloader.masking.mask_ratio == [0.1, 0.3]
+    assert cfg.train_dataloader.num_workers == 2
     assert cfg.load_from == "x.pth"
 
 
@@ -74,8 +76,9 @@ def test_merge_reaches_dicts_lists_and_new_arguments():
         ("train_cgf.max_iters", "the config has no 'train_cgf'; did you mean 'train_cfg'"),
         ("custom_hooks.1.momentum", "custom_hooks has no '1'"),
         ("custom_hooks.0.momentun", "custom_hooks.0 has no 'momentun'; did you mean 'momentum'"),
-        ("masking.patchsize", "masking has no 'patchsize'; did you mean 'patch_size'"),
-        ("sizes.1.a", "sizes.1 has no 'a'"),
+        ("train_dataloader.masking.patchsize", "did you mean 'patch_size'"),
+        ("train_dataloader.masking.mask_ratio.1.a", "mask_ratio.1 has no 'a'"),
+        ("max_iters", "'max_iters' is a helper variable, which nobody reads"),
         ("load_form", "the config has no 'load_form'; did you mean 'load_from'"),
     ],
 )

@@ -46,7 +46,7 @@ _REGISTRY_OF_KEY: dict[str, Registry] = {
 _BUILDER_KEYS: dict[str, frozenset[str]] = {
     registries.HOOKS.name: frozenset({"priority"}),
     registries.OPTIM_WRAPPERS.name: frozenset({"constructor", "paramwise_cfg", "optimizer"}),
-    registries.PARAM_SCHEDULERS.name: frozenset({"convert_to_iter_based"}),
+    registries.WEIGHT_INITIALIZERS.name: frozenset({"override", "name"}),
 }
 
 

@@ -66,6 +66,12 @@ def _check_path(cfg: Config, path: str) -> str | None:
     """A finding if ``path`` leads nowhere in the config."""
     node: object = cfg
     *parents, leaf = path.split(".")
+    first = path.split(".")[0]
+    if first in cfg and first not in runner_keys(cfg):
+        return (
+            f"--cfg-options {path}: {first!r} is a helper variable, which nobody reads once the "
+            "file has been evaluated; set the value where it is used"
+        )
     owner_key = None
     for depth, key in enumerate([*parents, leaf]):
         place = ".".join(parents[:depth])

@@ -26,16 +26,17 @@ def accepted_keywords(target: Callable) -> frozenset[str] | None:
         names, is_open = _parameters(target)
         return None if is_open else names
     names: frozenset[str] = frozenset()
+    is_open = False
     for cls in target.__mro__:
         if cls in _CHAIN_ENDS:
-            return None if names else frozenset()
+            break
         if "__init__" not in vars(cls):
             continue
         own, is_open = _parameters(cls.__init__)
         names |= own - {"self"}
         if not is_open:
             return names
-    return None
+    return None if is_open else frozenset()
 
 
 def _parameters(function: Callable) -> tuple[frozenset[str], bool]:
