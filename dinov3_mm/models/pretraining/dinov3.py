@@ -123,8 +123,6 @@ class DINOv3(BaseModel):
             self.gram_teacher = GramTeacher(self.student.backbone)
         self.train()
 
-    # ------------------------------------------------------------------ weights
-
     def init_weights(self) -> None:
         """Initialise the student (and what its ``init_cfg`` loads), then copy it to the teacher."""
         for module in self.student.values():
@@ -194,8 +192,6 @@ class DINOv3(BaseModel):
                 "gram=dict(teacher='frozen', ...)"
             )
         return self.gram_teacher
-
-    # ------------------------------------------------------------------ forward
 
     def set_step(self, **values: float | Tensor) -> None:
         """Set the scalars of the coming steps; each stays until it is set again.
