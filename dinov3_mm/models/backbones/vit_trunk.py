@@ -35,10 +35,9 @@ _BLOCK_SETTINGS = (
     "norm_layer",
 )
 # Inference on the CPU runs as many images at a time as keep the widest activation within this many
-# bytes: such buffers stay in the cache and in the allocator, larger ones are mapped afresh by the
-# operating system for every layer (32 MiB is where glibc always does so).
-_CHUNK_BYTES_PER_THREAD = 4 * 2**20
-_MAX_CHUNK_BYTES = 24 * 2**20
+# bytes. The allocator keeps such buffers for the next layer; larger ones (glibc: from 32 MiB) are
+# mapped afresh by the operating system each time, page fault by page fault.
+_CHUNK_BYTES = 16 * 2**20
 
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -246,8 +245,7 @@ class ViTTrunk(BaseModule):
             return None
         settings = self.arch_settings
         hidden = ffn_hidden_dims(settings["ffn_layer"], self.embed_dims, settings["ffn_ratio"])
-        budget = min(torch.get_num_threads() * _CHUNK_BYTES_PER_THREAD, _MAX_CHUNK_BYTES)
-        return budget // (max(hidden, 3 * self.embed_dims) * x.element_size())
+        return _CHUNK_BYTES // (max(hidden, 3 * self.embed_dims) * x.element_size())
 
     def _final_norm(self, x: Tensor, shapes: list[SequenceShape]) -> list[tuple[Tensor, Tensor]]:
         """Normed prefix (B, 1 + R, D) and patches (B, N, D) of each packed entry."""
