@@ -102,7 +102,7 @@ def train(cfg: Config, folder: Path, *arguments: str) -> None:
     cfg.experiment_name = f"toy{next(_RUNS)}"
     path = folder / "toy.py"
     # Laying the config out for readers would take half of the time of such a run.
-    with patch("mmengine.config.config.FormatCode", lambda text, **_: (text, True)):
+    with patch("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True)):
         cfg.dump(path)
         main([str(path), *arguments])
 
