@@ -1,12 +1,12 @@
 """Self-attention over packed sequences of different lengths."""
 
 import importlib.util
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dense_attention import dense_attention, prefers_dense_attention
 from .rope import RopeTables
 from .rotation import QueryKeyValue, SequenceShape, rotate_packed_qkv
 
@@ -87,10 +87,9 @@ class SelfAttention(nn.Module):
             tables: RoPE sine and cosine of each entry.
         """
         qkv = self.qkv(x)
-        dtype = _attention_dtype(qkv, shapes)
-        entries = rotate_packed_qkv(qkv, self.num_heads, shapes, tables, dtype)
+        entries = rotate_packed_qkv(qkv, self.num_heads, shapes, tables)
         attend = attend_block_diagonal if self._use_xformers(x, shapes) else attend_per_entry
-        return self.proj(attend(entries).to(qkv.dtype))
+        return self.proj(attend(entries))
 
     def _use_xformers(self, x: Tensor, shapes: list[SequenceShape]) -> bool:
         if self.backend == "auto":
@@ -98,29 +97,13 @@ class SelfAttention(nn.Module):
         return self.backend == "xformers"
 
 
-# Up to this length torch's 16-bit attention on the CPU is slower in its backward pass than the
-# 32-bit one: ten times for the 14 tokens of a crop of 48 pixels, equal at about 200 tokens.
-_MAX_TOKENS_IN_FP32 = 256
-
-
-def _attention_dtype(qkv: Tensor, shapes: list[SequenceShape]) -> torch.dtype:
-    longest = max(tokens for _, tokens in shapes)
-    if qkv.requires_grad and qkv.device.type == "cpu" and longest <= _MAX_TOKENS_IN_FP32:
-        return torch.promote_types(qkv.dtype, torch.float32)
-    return qkv.dtype
-
-
 def attend_per_entry(entries: list[QueryKeyValue]) -> Tensor:
-    """Torch's attention for each entry; returns packed tokens (sum of images * tokens, D)."""
-    query = entries[0][0]
-    # Autocast would take back the choice of 32 bits.
-    keep_dtype = query.dtype == torch.float32 and torch.is_autocast_enabled(query.device.type)
-    guard = torch.autocast(query.device.type, enabled=False) if keep_dtype else nullcontext()
-    with guard:
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1)
-            for q, k, v in entries
-        ]
+    """Attention for each entry in turn; returns packed tokens (sum of images * tokens, D)."""
+    outputs = []
+    for query, key, value in entries:
+        dense = prefers_dense_attention(query)
+        attend = dense_attention if dense else F.scaled_dot_product_attention
+        outputs.append(attend(query, key, value).transpose(1, 2).flatten(0, 1).flatten(1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

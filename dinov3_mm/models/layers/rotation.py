@@ -15,7 +15,6 @@ def rotate_packed_qkv(
     num_heads: int,
     shapes: list[SequenceShape],
     tables: list[RopeTables],
-    dtype: torch.dtype | None = None,
 ) -> list[QueryKeyValue]:
     """Split packed projections into entries and rotate their queries and keys.
 
@@ -28,18 +27,17 @@ def rotate_packed_qkv(
         num_heads: heads that share the D channels.
         shapes: (images, tokens) of each packed entry.
         tables: sine and cosine (N, head_dims / 2) of each entry.
-        dtype: dtype of the result; None keeps that of ``qkv``.
 
     Returns:
-        Queries, keys and values of each entry, (images, heads, tokens, head_dims) each.
+        Queries, keys and values of each entry, (images, heads, tokens, head_dims) each, in the
+        dtype of ``qkv``.
     """
-    dtype = dtype or qkv.dtype
     if qkv.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         flat_tables = [table for pair in tables for table in pair]
-        flat = _RotatePackedQKV.apply(qkv, num_heads, shapes, dtype, *flat_tables)
+        flat = _RotatePackedQKV.apply(qkv, num_heads, shapes, *flat_tables)
         return [flat[i : i + 3] for i in range(0, len(flat), 3)]
     return [
-        _rotate_entry(entry, dtype, *pair)
+        _rotate_entry(entry, *pair)
         for entry, pair in zip(_split_heads(qkv, num_heads, shapes), tables, strict=True)
     ]
 
@@ -53,14 +51,13 @@ class _RotatePackedQKV(torch.autograd.Function):
         qkv: Tensor,
         num_heads: int,
         shapes: list[SequenceShape],
-        dtype: torch.dtype,
         *flat_tables: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*flat_tables)
         ctx.num_heads, ctx.shapes = num_heads, shapes
         ctx.qkv_shape, ctx.qkv_dtype = qkv.shape, qkv.dtype
         entries = zip(_split_heads(qkv, num_heads, shapes), flat_tables[::2], flat_tables[1::2])
-        return tuple(t for entry, *pair in entries for t in _rotate_entry(entry, dtype, *pair))
+        return tuple(t for entry, *pair in entries for t in _rotate_entry(entry, *pair))
 
     @staticmethod
     @once_differentiable
@@ -74,7 +71,7 @@ class _RotatePackedQKV(torch.autograd.Function):
             _rotate_into(entry[:, :, 0], grad_q, *inverse)
             _rotate_into(entry[:, :, 1], grad_k, *inverse)
             entry[:, :, 2].copy_(grad_v)
-        return grad_qkv, None, None, None, *[None] * len(flat_tables)
+        return grad_qkv, None, None, *[None] * len(flat_tables)
 
 
 def _split_heads(qkv: Tensor, num_heads: int, shapes: list[SequenceShape]) -> list[Tensor]:
@@ -86,19 +83,18 @@ def _split_heads(qkv: Tensor, num_heads: int, shapes: list[SequenceShape]) -> li
     ]
 
 
-def _rotate_entry(qkv: Tensor, dtype: torch.dtype, sin: Tensor, cos: Tensor) -> QueryKeyValue:
+def _rotate_entry(qkv: Tensor, sin: Tensor, cos: Tensor) -> QueryKeyValue:
     """Queries, keys and values of one entry, (images, heads, tokens, head_dims) each."""
     query_key = qkv[:, :, :2]
     if torch.compiler.is_compiling():
-        rotated = _rotate(query_key, sin, cos).to(dtype)
+        rotated = _rotate(query_key, sin, cos).to(qkv.dtype)
     elif query_key.dtype == sin.dtype:
         rotated = torch.empty_like(query_key, memory_format=torch.contiguous_format)
         _rotate_into(rotated, query_key, sin, cos)
-        rotated = rotated.to(dtype)
     else:
-        rotated = _rotate_cast(query_key, sin, cos).to(dtype)
+        rotated = _rotate_cast(query_key, sin, cos).to(qkv.dtype)
     q, k = rotated.transpose(1, 3).unbind(2)
-    return q, k, qkv[:, :, 2].transpose(1, 2).to(dtype)
+    return q, k, qkv[:, :, 2].transpose(1, 2)
 
 
 def _rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
