@@ -54,5 +54,9 @@ class TeacherEMAHook(Hook):
         """Update the teacher and report momentum and temperature."""
         it = runner.iter
         momentum = self.momentum(it)
-        self.model.update_teacher(torch.where(runner.optim_wrapper.step_skipped, 1.0, momentum))
+        skipped = runner.optim_wrapper.step_skipped
+        if skipped.device.type == "cpu":
+            self.model.update_teacher(1.0 if skipped else momentum)
+        else:
+            self.model.update_teacher(torch.where(skipped, 1.0, momentum))
         outputs.update(momentum=momentum, teacher_temp=self.step_schedules["teacher_temp"](it))
