@@ -95,7 +95,10 @@ def score_folder(backbone: torch.nn.Module, cfg: Config) -> dict:
     ):
         features[name] = [extract_features(network, view).cls for view in views]
     scores = {
-        name: {"retrieval_top1": two_crop_retrieval(*pair), "effective_rank": effective_rank(pair[0])}
+        name: {
+            "retrieval_top1": two_crop_retrieval(*pair),
+            "effective_rank": effective_rank(pair[0]),
+        }
         for name, pair in features.items()
     }
     console.print(f"two-crop retrieval over {len(source)} images:")
@@ -111,9 +114,8 @@ def draw(backbone: torch.nn.Module, work_dirs: list[Path], cfg: Config, out: Pat
     """Loss curves of both stages, PCA of patch features, score against minutes."""
     pictures = []
     for work_dir in work_dirs:
-        log = max(work_dir.glob("*/vis_data/scalars.json"))
         pictures.append(out / f"losses_{work_dir.name}.png")
-        plot_curves(log, pictures[-1], title=f"stage: {work_dir.name}")
+        plot_curves(work_dir, pictures[-1], title=f"stage: {work_dir.name}")
     hook = next(hook for hook in cfg.custom_hooks if hook["type"].endswith("EvalHook"))
     source = DATASETS.build(hook.get("test_source") or hook["source"])
     size = hook["image_size"]
@@ -149,7 +151,7 @@ def main() -> None:
     checkpoint = sorted((first / "checkpoints").glob("iter_*.pth"))[-1]
     teacher = first / "exports/teacher_latest.safetensors"
     second = train(
-        "gram", args, {"load_from": str(checkpoint), "gram_checkpoint": str(teacher)}
+        "gram", args, {"load_from": str(checkpoint), "custom_hooks.2.checkpoint": str(teacher)}
     )
     weights = out / "dinov3_backbone.safetensors"
     for suffix in (".safetensors", ".json"):

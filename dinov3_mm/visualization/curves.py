@@ -13,14 +13,16 @@ from .figures import COLOURS, saved_figure
 
 
 def read_scalars(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Series (steps, values) by name from a JSON-lines log.
+    """Series (steps, values) by name from a JSON-lines log, or from all logs of a work directory.
 
     Every line is an object with ``step`` or ``iter`` and any numbers; the other entries are left
-    out. A resumed run logs some steps again: the last value of a step counts. An unfinished last
-    line is left out.
+    out. A resumed run begins a new log and logs some steps again: the last value of a step counts.
+    An unfinished last line is left out.
     """
+    path = Path(path)
+    logs = sorted(path.glob("*/vis_data/scalars.json")) if path.is_dir() else [path]
     series: dict[str, dict[int, float]] = {}
-    for line in Path(path).read_text().split("\n")[:-1]:
+    for line in (line for log in logs for line in log.read_text().split("\n")[:-1]):
         entry = json.loads(line)
         step = entry.get("step", entry.get("iter"))
         if step is None:
@@ -47,7 +49,7 @@ def plot_curves(
     """Draw one panel per logged series against the iteration; the drawn names are returned.
 
     Args:
-        log: JSON-lines file.
+        log: JSON-lines file, or the work directory of a run.
         output: PNG to write.
         names: series to draw; by default every one whose name contains ``loss`` and no ``weight``.
         smoothing: deviation of the centred Gaussian mean drawn over the raw values, as a share of

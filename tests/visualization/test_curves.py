@@ -72,3 +72,13 @@ def test_points_against_minutes(tmp_path):
         points_vs_minutes(runs, output, evaluation="dense")
     with pytest.raises(ValueError, match="no 'top1'; they have"):
         points_vs_minutes(runs, output, score="top1")
+
+
+def test_work_directory_joins_the_logs_of_a_resumed_run(tmp_path):
+    for name, steps in (("20260101_000000", (1, 2, 3)), ("20260101_010000", (3, 4))):
+        folder = tmp_path / name / "vis_data"
+        folder.mkdir(parents=True)
+        lines = [json.dumps({"step": step, "loss": len(steps) * 10 + step}) for step in steps]
+        (folder / "scalars.json").write_text("\n".join(lines) + "\n")
+    steps, values = read_scalars(tmp_path)["loss"]
+    assert steps.tolist() == [1, 2, 3, 4] and values.tolist() == [31, 32, 23, 24]

@@ -44,21 +44,32 @@ CATEGORIES: tuple[Category, ...] = (
 
 PARTS: tuple[str, ...] = ("none", "eye", "core", "hole", "rib", "band")
 
-# Surroundings: texture, texture frequency, brightness of the two tones.
-CONTEXTS: dict[str, tuple[str, float, float, float]] = {
-    "water": ("ripples", 2.2, 0.45, 0.65),
-    "meadow": ("grain", 1.6, 0.35, 0.6),
-    "workshop": ("checks", 3.2, 0.4, 0.5),
-    "wall": ("bricks", 1.6, 0.4, 0.6),
-    "beach": ("mottle", 3.0, 0.65, 0.8),
-    "night": ("dots", 1.4, 0.12, 0.3),
-    "sky": ("ramp", 0.8, 0.55, 0.85),
+
+class Context(NamedTuple):
+    """Surroundings: texture and its frequency, brightness of the two tones, typical hue."""
+
+    texture: str
+    frequency: float
+    dark: float
+    bright: float
+    hue: float
+
+
+CONTEXTS: dict[str, Context] = {
+    "water": Context("ripples", 2.2, 0.38, 0.6, 0.52),
+    "meadow": Context("grain", 1.6, 0.34, 0.58, 0.28),
+    "workshop": Context("checks", 3.2, 0.4, 0.56, 0.08),
+    "wall": Context("bricks", 1.6, 0.38, 0.6, 0.98),
+    "beach": Context("mottle", 3.0, 0.44, 0.64, 0.14),
+    "night": Context("dots", 1.4, 0.3, 0.52, 0.70),
+    "sky": Context("ramp", 0.8, 0.42, 0.66, 0.58),
 }
 
 CUE_PROBABILITY: dict[str, float] = {
     "silhouette": 0.9,
     "texture": 0.9,
     "part": 0.9,
-    "hue": 0.55,
-    "context": 0.75,
+    "hue": 0.7,
+    "context": 0.85,
+    "context_hue": 0.4,
 }

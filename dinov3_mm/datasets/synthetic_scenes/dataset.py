@@ -17,9 +17,9 @@ class SyntheticScenes:
     """Rendered scenes of textured shapes, each a pure function of ``(seed, index)``.
 
     A scene has one main object and up to three smaller ones over textured surroundings, with
-    occlusion, parallax, changes of light and scale. The label is the category of the largest object.
-    Categories have correlated cues (silhouette, texture, mark, hue, surroundings), none of which
-    decides alone.
+    occlusion, parallax, changes of light and scale. The label is the category of the largest
+    object. Categories have correlated cues (silhouette, texture, mark, hue, surroundings), none of
+    which decides alone.
 
     Args:
         length: Number of scenes.

@@ -94,13 +94,17 @@ def _paint_object(
 
 
 def _paint_context(scene: Scene, x: np.ndarray, y: np.ndarray, camera: Camera) -> np.ndarray:
-    texture, frequency, _, _ = CONTEXTS[scene.context]
+    surroundings = CONTEXTS[scene.context]
     scale = np.float32(BACKGROUND_DEPTH / (FOCAL_LENGTH * camera.zoom))
     u, v = np.meshgrid(x, y)
     u, v = _rotate(u, v, camera.roll)
     u, v = u * scale + np.float32(camera.x), v * scale + np.float32(camera.y)
-    s, t = _rotate(u * np.float32(frequency), v * np.float32(frequency), scene.context_angle)
-    weight = TEXTURES[texture](
+    s, t = _rotate(
+        u * np.float32(surroundings.frequency),
+        v * np.float32(surroundings.frequency),
+        scene.context_angle,
+    )
+    weight = TEXTURES[surroundings.texture](
         s + np.float32(scene.context_phase[0]), t + np.float32(scene.context_phase[1])
     )
     return _mix(scene.context_colours[0], scene.context_colours[1], weight)

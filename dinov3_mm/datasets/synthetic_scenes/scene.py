@@ -149,14 +149,16 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         size = apparent * rng.uniform(0.25, 0.5)
         objects.append(_draw_object(rng, object_id, other, size, reach=0.95))
     context = _cue(rng, "context", CATEGORIES[main].context, tuple(CONTEXTS))
-    _, _, dark, bright = CONTEXTS[context]
-    hue, saturation = rng.random(), rng.uniform(0.05, 0.5)
+    surroundings = CONTEXTS[context]
+    typical_hue = rng.random() < CUE_PROBABILITY["context_hue"]
+    hue = surroundings.hue + rng.normal(0, 0.05) if typical_hue else rng.random()
+    saturation = rng.uniform(0.05, 0.5)
     return Scene(
         objects=tuple(sorted(objects, key=lambda item: -item.depth)),
         context=context,
         context_colours=(
-            _hsv(hue, saturation, dark),
-            _hsv(hue + rng.normal(0, 0.08), saturation, bright),
+            _hsv(hue, saturation, surroundings.dark),
+            _hsv(hue + rng.normal(0, 0.08), saturation, surroundings.bright),
         ),
         context_phase=tuple(rng.uniform(-4.0, 4.0, 2).tolist()),
         context_angle=float(rng.normal(0.0, 0.25)),
