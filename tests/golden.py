@@ -1,4 +1,4 @@
-"""Reading of the reference vectors in ``tests/data/golden`` and the parity rule they are held to."""
+"""Reading of the reference vectors in ``tests/data/golden``, and the parity rule."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ GOLDEN_DIR = Path(__file__).parent / "data" / "golden"
 
 
 def load_golden(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return the JSON description and the tensors of one golden file (no tensors: an empty dict)."""
+    """Return the JSON description and the tensors (maybe none) of one golden file."""
     description = json.loads((GOLDEN_DIR / f"{name}.json").read_text())
     tensors = GOLDEN_DIR / f"{name}.safetensors"
     return description, load_file(tensors) if tensors.exists() else {}

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -54,24 +55,46 @@ def stage_config(stage: str, args: argparse.Namespace) -> Path:
     return ROOT / f"configs/quickstart/{data}_{stage}{recipe}.py"
 
 
+def num_processes() -> int:
+    """One process per GPU, or per core of up to four: a power of two, so that batches divide.
+
+    On the CPU single-threaded processes beat the threads of one: tensors this small gain little
+    from a second thread.
+    """
+    available = torch.cuda.device_count() or min(4, len(os.sched_getaffinity(0)))
+    return 1 << (available.bit_length() - 1)
+
+
+def hook_index(cfg: Config, kind: str) -> int:
+    """Position of the hook of a type in ``custom_hooks``."""
+    return [hook["type"] for hook in cfg.custom_hooks].index(kind)
+
+
 def train(stage: str, args: argparse.Namespace, options: dict[str, str]) -> Path:
     """Run one stage in a process of its own, resuming what an interrupted run left behind."""
     work_dir = Path(args.out) / stage
     if args.images:
-        options = {"train_dataloader.source.root": args.images, **options}
-    command = [sys.executable, str(ROOT / "tools/train.py"), str(stage_config(stage, args))]
-    command += ["--work-dir", str(work_dir), "--seed", str(args.seed), "--resume"]
+        hook = hook_index(Config.fromfile(stage_config(stage, args)), "RetrievalEvalHook")
+        options = {
+            "train_dataloader.source.root": args.images,
+            f"custom_hooks.{hook}.source.source.root": args.images,
+            **options,
+        }
+    command = ["bash", str(ROOT / "tools/dist_train.sh"), str(stage_config(stage, args))]
+    command += [str(num_processes()), "--work-dir", str(work_dir)]
+    command += ["--seed", str(args.seed), "--resume"]
     if options:
         command += ["--cfg-options", *[f"{key}={value}" for key, value in options.items()]]
     console.rule(f"stage: {stage}")
-    if subprocess.run(command, cwd=ROOT).returncode:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    if subprocess.run(command, cwd=ROOT, env=environment).returncode:
         sys.exit(f"stage {stage} failed; its log is in {work_dir}. Run again to go on from there.")
     return work_dir
 
 
 def score_scenes(backbone: torch.nn.Module, cfg: Config) -> dict:
     """The table of k-NN and dense probe beside raw pixels, colours and the untrained network."""
-    hook = next(hook for hook in cfg.custom_hooks if hook["type"] == "KNNEvalHook")
+    hook = cfg.custom_hooks[hook_index(cfg, "KNNEvalHook")]
     table = representation_table(
         backbone,
         DATASETS.build(hook["train_source"]),
@@ -84,8 +107,8 @@ def score_scenes(backbone: torch.nn.Module, cfg: Config) -> dict:
 
 
 def score_folder(backbone: torch.nn.Module, cfg: Config) -> dict:
-    """Two-crop retrieval and effective rank of raw pixels, the untrained and the trained network."""
-    hook = next(hook for hook in cfg.custom_hooks if hook["type"] == "RetrievalEvalHook")
+    """Two-crop retrieval and effective rank: raw pixels, the untrained and the trained network."""
+    hook = cfg.custom_hooks[hook_index(cfg, "RetrievalEvalHook")]
     source = DATASETS.build(hook["source"])
     views = [RandomViews(source, hook["image_size"], view, cache=True) for view in (0, 1)]
     features = {"raw pixels": [raw_pixels(view) for view in views]}
@@ -160,9 +183,8 @@ def main() -> None:
     cfg = Config.fromfile(stage_config("pretrain", args))
     console.rule("result")
     if args.images:
-        for hook in cfg.custom_hooks:
-            if hook["type"] == "RetrievalEvalHook":
-                hook["source"]["root"] = args.images
+        hook = cfg.custom_hooks[hook_index(cfg, "RetrievalEvalHook")]
+        hook["source"]["source"]["root"] = args.images
         scores = score_folder(backbone, cfg)
     else:
         scores = score_scenes(backbone, cfg)

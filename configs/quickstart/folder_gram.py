@@ -19,8 +19,11 @@ custom_hooks = [
     dict(type='CollapseGuardHook'),
     dict(
         type='RetrievalEvalHook',
-        interval=200,
-        source=dict(type='ImageFolder', root=root, decode_min_side=96),
+        interval=150,
+        source=dict(
+            type='ReadableSubset',
+            source=dict(type='ImageFolder', root=root, decode_min_side=96),
+        ),
         image_size=64,
     ),
 ]

@@ -22,8 +22,11 @@ custom_hooks = [
     dict(type='CollapseGuardHook'),
     dict(
         type='RetrievalEvalHook',
-        interval=500,
-        source=dict(type='ImageFolder', root=root, decode_min_side=96),
+        interval=400,
+        source=dict(
+            type='ReadableSubset',
+            source=dict(type='ImageFolder', root=root, decode_min_side=96),
+        ),
         image_size=64,
     ),
 ]

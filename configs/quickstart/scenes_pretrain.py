@@ -1,7 +1,7 @@
 # Stage 1 on SyntheticScenes: DINO + iBOT + KoLeo from random weights.
 _base_ = ['../_base_/pretrain_runtime.py', '../_base_/dinov3_toy.py']
 
-max_iters = 1500
+max_iters = 1200
 train_cfg = dict(type='PretrainLoop', max_iters=max_iters, global_batch_size=64)
 train_dataloader = dict(
     source=dict(type='SyntheticScenes', length=8000, image_size=64, cache=True),
@@ -25,7 +25,7 @@ custom_hooks = [
     dict(type='CollapseGuardHook'),
     dict(
         type='KNNEvalHook',
-        interval=500,
+        interval=400,
         train_source=train_scenes,
         test_source=test_scenes,
         image_size=64,

@@ -12,6 +12,7 @@ from dinov3_mm.datasets.sources import (
     ImageList,
     ImageSource,
     MMDatasetSource,
+    ReadableSubset,
 )
 from dinov3_mm.datasets.synthetic_scenes import SyntheticScenes
 from dinov3_mm.datasets.transforms import MultiCrop
@@ -30,6 +31,7 @@ __all__ = [
     "Permutation",
     "PositionBatchSampler",
     "PretrainDataLoader",
+    "ReadableSubset",
     "SyntheticScenes",
     "block_mask",
     "build_pretrain_dataloader",

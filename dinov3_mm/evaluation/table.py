@@ -132,7 +132,8 @@ def representation_table(
     }
     grids: dict[str, tuple[Tensor, Tensor]] = {}
     if dense:
-        grids[RAW_PIXELS] = (raw_patches(train), raw_patches(test))
+        size = backbone.patch_size
+        grids[RAW_PIXELS] = (raw_patches(train, size), raw_patches(test, size))
     options = {"mean": mean, "std": std, "batch_size": batch_size, "amp_dtype": amp_dtype}
     networks = {
         "random init": (random_init_backbone(backbone, seed), RANDOM_CLS, RANDOM_PATCHES),

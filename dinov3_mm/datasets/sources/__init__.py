@@ -5,6 +5,7 @@ from dinov3_mm.datasets.sources.decode import IMAGE_EXTENSIONS, BrokenImageError
 from dinov3_mm.datasets.sources.image_folder import ImageFolder
 from dinov3_mm.datasets.sources.image_list import ImageList
 from dinov3_mm.datasets.sources.mm_dataset import MMDatasetSource
+from dinov3_mm.datasets.sources.readable_subset import ReadableSubset
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -14,5 +15,6 @@ __all__ = [
     "ImageList",
     "ImageSource",
     "MMDatasetSource",
+    "ReadableSubset",
     "read_image",
 ]
