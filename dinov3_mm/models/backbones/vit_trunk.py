@@ -200,11 +200,14 @@ class ViTTrunk(BaseModule):
     ) -> list[Tensor]:
         """Packed outputs of the blocks ``layers`` (ascending); later blocks are not run."""
         outputs = []
+        plain_tables = [self.rope_embed(*grid) for grid in grids]
         for index in range(layers[-1] + 1):
             block = self.blocks[index]
             # All draws are made here, so that a block is a function of its arguments: recomputing
             # it under checkpointing needs no restored random state.
-            inputs: list[Any] = [[self.rope_embed(*grid, augment=block.training) for grid in grids]]
+            inputs: list[Any] = [plain_tables]
+            if block.training and self.rope_embed.augmented:
+                inputs = [[self.rope_embed(*grid, augment=True) for grid in grids]]
             if block.training and self.drop_path_rate > 0:
                 inputs += [draw_subset(shapes, self.drop_path_rate, x.device) for _ in range(2)]
             if self.with_cp and torch.is_grad_enabled():

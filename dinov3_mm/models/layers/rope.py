@@ -113,7 +113,8 @@ class RotaryEmbedding2D(nn.Module):
         """
         if augment and self.augmented:
             return self._tables(self._augment(self._coordinates(height, width)))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.periods.is_inference():
+            # Neither a traced nor an inference tensor tells whether it has changed.
             return self._tables(self._coordinates(height, width))
         return self._cached_tables(height, width)
 

@@ -50,6 +50,14 @@ def test_tables_made_in_inference_mode_serve_training():
     assert torch.equal(x.grad, rope(2, 2)[1])
 
 
+def test_a_module_made_in_inference_mode_follows_its_periods():
+    with torch.inference_mode():
+        rope = RotaryEmbedding2D(16)
+        first = rope(2, 2)[0]
+        rope.periods.mul_(2)
+        assert not torch.equal(rope(2, 2)[0], first)
+
+
 def test_copies_do_not_share_a_stale_cache():
     rope = RotaryEmbedding2D(16)
     first = rope(2, 2)[0]
