@@ -49,10 +49,10 @@ def _column_major(monkeypatch):
 def _interleaved(monkeypatch):
     original = rotation._rotate_entry
 
-    def rotate(qkv, dtype, sin, cos):
+    def rotate(qkv, sin, cos):
         to_halves = torch.arange(qkv.shape[-1]).view(-1, 2).t().flatten()
         back = to_halves.argsort()
-        q, k, _ = original(qkv[..., to_halves], dtype, sin, cos)
+        q, k, _ = original(qkv[..., to_halves], sin, cos)
         return q[..., back], k[..., back], qkv[:, :, 2].transpose(1, 2)
 
     monkeypatch.setattr(rotation, "_rotate_entry", rotate)
@@ -61,9 +61,9 @@ def _interleaved(monkeypatch):
 def _rotated_values(monkeypatch):
     original = rotation._rotate_entry
 
-    def rotate(qkv, dtype, sin, cos):
-        q, k, _ = original(qkv, dtype, sin, cos)
-        return q, k, original(qkv.flip(2), dtype, sin, cos)[0]
+    def rotate(qkv, sin, cos):
+        q, k, _ = original(qkv, sin, cos)
+        return q, k, original(qkv.flip(2), sin, cos)[0]
 
     monkeypatch.setattr(rotation, "_rotate_entry", rotate)
 
