@@ -6,10 +6,12 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -32,7 +34,10 @@ from dinov3_mm.evaluation.records import read_records
 from dinov3_mm.visualization import plot_curves, points_vs_minutes, save_pca_grid
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("pretrain", "gram")
+# A message of the log; the pages that MMEngine prints begin with an empty or a titling message.
+LOG_MESSAGE = re.compile(
+    r"\d\d/\d\d (?P<time>[\d:]+) - mmengine - \w+ - (?P<text>(?!Config:|Hooks will).+)"
+)
 console = Console()
 
 
@@ -86,10 +91,27 @@ def train(stage: str, args: argparse.Namespace, options: dict[str, str]) -> Path
     if options:
         command += ["--cfg-options", *[f"{key}={value}" for key, value in options.items()]]
     console.rule(f"stage: {stage}")
-    environment = {**os.environ, "PYTHON": sys.executable}
-    if subprocess.run(command, cwd=ROOT, env=environment).returncode:
-        sys.exit(f"stage {stage} failed; its log is in {work_dir}. Run again to go on from there.")
+    run_quietly(command, f"stage {stage} failed; the log is in {work_dir}")
     return work_dir
+
+
+def run_quietly(command: list[str], failure: str) -> None:
+    """Run a training and show its messages, without MMEngine's pages on environment and config.
+
+    Those pages are in the log file of the run.
+    """
+    environment = {**os.environ, "PYTHON": sys.executable}
+    tail: deque[str] = deque(maxlen=30)
+    with subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        for line in process.stdout:
+            tail.append(line)
+            message = LOG_MESSAGE.match(line)
+            if message:
+                print(message["time"], message["text"], flush=True)
+    if process.returncode:
+        sys.exit("".join(tail) + f"\n{failure}. The same command goes on from the last checkpoint.")
 
 
 def score_scenes(backbone: torch.nn.Module, cfg: Config) -> dict:
