@@ -69,7 +69,7 @@ CUE_PROBABILITY: dict[str, float] = {
     "silhouette": 0.9,
     "texture": 0.9,
     "part": 0.9,
-    "hue": 0.7,
-    "context": 0.85,
-    "context_hue": 0.4,
+    "hue": 0.8,
+    "context": 0.9,
+    "context_hue": 0.8,
 }
