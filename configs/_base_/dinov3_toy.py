@@ -8,7 +8,8 @@ backbone = dict(
     layer_scale_init_value=1.0,   # released: 1e-5, which takes thousands of steps to open the blocks
     rope_rescale_coords=2.0,
 )
-head = dict(type='DINOHead', num_prototypes=512, hidden_dims=384, bottleneck_dims=96)
+# Few prototypes make coarse clusters, which a short run can fill; released: 65,536 and more.
+head = dict(type='DINOHead', num_prototypes=128, hidden_dims=384, bottleneck_dims=96)
 
 model = dict(
     type='DINOv3',
