@@ -44,7 +44,7 @@ _SWIGLU_PLUS = {"ffn_layer": "swiglu", "ffn_ratio": 6.0}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "tiny": _vit(192, 12, 3),  # not released; for small experiments
-    # Released (paper section 5 and the model card).
+    # Released (arXiv 2508.10104 and its model card).
     "small": _vit(384, 12, 6),
     "small_plus": _vit(384, 12, 6, **_SWIGLU_PLUS),
     "base": _vit(768, 12, 12),

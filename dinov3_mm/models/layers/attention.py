@@ -1,6 +1,8 @@
 """Self-attention over packed sequences of different lengths."""
 
 import importlib.util
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +111,20 @@ def attend_per_entry(entries: list[QueryKeyValue]) -> Tensor:
 
 def attend_block_diagonal(entries: list[QueryKeyValue]) -> Tensor:
     """One xformers call for all entries; returns packed tokens (sum of images * tokens, D)."""
-    from xformers.ops import fmha, memory_efficient_attention
+    from xformers.ops import memory_efficient_attention
 
-    lengths = [q.shape[2] for q, _, _ in entries for _ in range(q.shape[0])]
-    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths)
+    shapes = tuple((query.shape[0], query.shape[2]) for query, _, _ in entries)
     packed = [
         torch.cat([t.transpose(1, 2).flatten(0, 1) for t in parts])[None] for parts in zip(*entries)
     ]  # (1, tokens of all images, heads, head_dims)
+    mask = _block_diagonal_mask(shapes, packed[0].device)
     return memory_efficient_attention(*packed, attn_bias=mask)[0].flatten(1)
+
+
+@lru_cache(maxsize=8)
+def _block_diagonal_mask(shapes: tuple[SequenceShape, ...], device: torch.device) -> Any:
+    """The mask of all blocks and steps with the same shapes: building one copies to the device."""
+    from xformers.ops import fmha
+
+    lengths = [tokens for images, tokens in shapes for _ in range(images)]
+    return fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=device)

@@ -248,6 +248,23 @@ def test_compiled_model_traces_without_a_break():
     assert_parity(compiled(x).cls, expected)
 
 
+def test_compiled_blocks_train_alike():
+    model = build(drop_path_rate=0.3, rope_rescale_coords=2.0).train()
+    images, mask = [image(6, 8, 8), image(4, 4, 8)], torch.rand(6, 4) < 0.5
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        outputs = model.forward_tokens(images, [mask, None])
+        loss = sum((t * t).sum() for output in outputs for t in output)
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = gradients()
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for grad, other in zip(gradients(), expected):
+        assert_parity(grad, other)
+
+
 def test_exported_program():
     model, x = build(), image(2, 8, 12)
     program = torch.export.export(model, (x,))
@@ -262,6 +279,20 @@ def test_initialisation_replaces_garbage_and_runs_init_cfg():
     assert all(torch.isfinite(t).all() for t in model.state_dict().values())
     assert (model.blocks[0].attn.proj.weight == 0.5).all()
     assert model.is_init
+
+
+def test_meta_models_initialise_like_others():
+    torch.manual_seed(3)
+    expected = DINOv3ViT(arch=TOY)
+    torch.manual_seed(4)
+    expected.init_weights()
+    with torch.device("meta"):
+        model = DINOv3ViT(arch=TOY)
+    model.to_empty(device="cpu")
+    torch.manual_seed(4)
+    model.init_weights()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
 
 
 def test_init_cfg_finds_registered_initialisers():

@@ -11,6 +11,7 @@ from dinov3_mm.models.layers import (
     MaskedKBiasLinear,
     RotaryEmbedding2D,
     SelfAttention,
+    attention,
     rotate_packed_qkv,
 )
 from tests.golden import assert_parity
@@ -80,7 +81,7 @@ def xformers(monkeypatch):
 
     class BlockDiagonalMask:
         @classmethod
-        def from_seqlens(cls, lengths):
+        def from_seqlens(cls, lengths, device):
             mask = cls()
             mask.dense = torch.block_diag(*[torch.ones(n, n) for n in lengths]).bool()
             return mask
@@ -97,6 +98,7 @@ def xformers(monkeypatch):
     package = types.ModuleType("xformers")
     package.__spec__ = types.SimpleNamespace(name="xformers")
     package.ops = ops
+    attention._block_diagonal_mask.cache_clear()
     monkeypatch.setitem(sys.modules, "xformers", package)
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     return calls
@@ -106,6 +108,8 @@ def test_xformers_is_called_once_with_all_images(xformers):
     attn, x = _attention(backend="xformers"), torch.randn(NUM_TOKENS, 32)
     assert_parity(attn(x, SHAPES, _tables()), _dense_attention(attn, x))
     assert xformers == [(1, NUM_TOKENS, 2, 16)]
+    attn(x, SHAPES, _tables())
+    assert attention._block_diagonal_mask.cache_info().hits == 1
 
 
 def test_auto_takes_sdpa_on_the_cpu(xformers):
