@@ -12,6 +12,11 @@ from torch import Tensor
 
 from dinov3_mm.engine.capture import StepInputs, random_state, write_capture
 
+DIVERSITY = ("feature_rank", "cls_spread")
+
+# A run counts as collapsed below this share of the diversity that it once had.
+LOST_SHARE = 0.1
+
 
 class TrainingStoppedError(RuntimeError):
     """A guard found that going on is useless; the message says what to do."""
@@ -162,9 +167,9 @@ class CollapseGuardHook(Hook):
     """Stops a run whose representation has collapsed.
 
     A diagnosis counts as collapsed when the teacher's targets are uniform (their entropy is at its
-    bound) and the features are less diverse than those of the initial weights: a lower effective
-    rank, or a smaller spread. ``patience`` such diagnoses in a row stop the run. Both are needed:
-    at the beginning of a healthy run the targets are near uniform as well.
+    bound) and the features have lost their diversity: effective rank or spread is below that of the
+    initial weights, or below a tenth of the largest that the run has shown. ``patience`` such
+    diagnoses in a row stop the run. Uniform targets alone do not: a healthy run begins with them.
 
     Args:
         patience: Consecutive collapsed diagnoses that stop the run.
@@ -191,7 +196,8 @@ class CollapseGuardHook(Hook):
         self.patience = patience
         self.begin = begin
         self.entropy_tolerance = entropy_tolerance
-        self._initial: dict[str, float] | None = None
+        self._initial: dict[str, float] = {}
+        self._best: dict[str, float] = {}
         self._consecutive = 0
 
     def before_train(self, runner) -> None:
@@ -209,40 +215,47 @@ class CollapseGuardHook(Hook):
         """Judge a diagnosis, if there is one."""
         if "diag/teacher_entropy" not in outputs:
             return
-        now = {name: outputs[f"diag/{name}"] for name in ("feature_rank", "cls_spread")}
-        if self._initial is None:
+        now = {name: outputs[f"diag/{name}"] for name in DIVERSITY}
+        if not self._initial:
             self._initial = now
         gap = outputs["diag/teacher_entropy_max"] - outputs["diag/teacher_entropy"]
-        is_uniform = gap <= self.entropy_tolerance
-        worse = [name for name, value in now.items() if value < self._initial[name]]
-        is_collapsed = runner.iter >= self._armed_from and is_uniform and bool(worse)
+        is_poor = any(value < self._least(name) for name, value in now.items())
+        is_collapsed = runner.iter >= self._armed_from and gap <= self.entropy_tolerance and is_poor
         self._consecutive = self._consecutive + 1 if is_collapsed else 0
+        for name, value in now.items():
+            self._best[name] = max(self._best.get(name, 0.0), value)
         if self._consecutive >= self.patience:
             self._stop(runner, now, gap)
 
+    def _least(self, name: str) -> float:
+        """Diversity below which features count as collapsed."""
+        return max(self._initial[name], LOST_SHARE * self._best.get(name, 0.0))
+
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Keep the initial diversity for resumed runs."""
-        if self._initial is not None:
-            checkpoint["collapse_guard"] = {
-                "initial": self._initial,
-                "consecutive": self._consecutive,
-            }
+        """Keep the diversity seen so far for resumed runs."""
+        checkpoint["collapse_guard"] = {
+            "initial": self._initial,
+            "best": self._best,
+            "consecutive": self._consecutive,
+        }
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Restore it."""
         state = checkpoint.get("collapse_guard")
         if state is not None:
-            self._initial, self._consecutive = state["initial"], state["consecutive"]
+            self._initial, self._best = state["initial"], state["best"]
+            self._consecutive = state["consecutive"]
 
     def _stop(self, runner, now: dict[str, float], gap: float) -> None:
         values = ", ".join(
-            f"{name} {value:.4g} (at the start {self._initial[name]:.4g})"
+            f"{name} {value:.4g} (at the start {self._initial[name]:.4g}, at best "
+            f"{self._best[name]:.4g})"
             for name, value in now.items()
         )
         raise TrainingStoppedError(
             f"the representation has collapsed: in {self._consecutive} diagnoses up to iteration "
             f"{runner.iter} the teacher's targets were uniform (entropy {gap:.1e} below its bound) "
-            f"and the features less diverse than untrained ones: {values}. Lower the learning rate "
+            f"and the features had lost their diversity: {values}. Lower the learning rate "
             "(a rule for batches of 1024 and more is too high for a small one), lengthen its "
             "warm-up, use fewer prototypes for a small data set, keep the KoLeo loss, or raise the "
             "teacher's momentum; then start again from a checkpoint before the collapse."

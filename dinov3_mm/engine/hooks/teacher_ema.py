@@ -55,8 +55,8 @@ class TeacherEMAHook(Hook):
         it = runner.iter
         momentum = self.momentum(it)
         skipped = runner.optim_wrapper.step_skipped
-        if skipped.device.type == "cpu":
-            self.model.update_teacher(1.0 if skipped else momentum)
-        else:
+        if skipped.device.type != "cpu":
             self.model.update_teacher(torch.where(skipped, 1.0, momentum))
+        elif not skipped:
+            self.model.update_teacher(momentum)
         outputs.update(momentum=momentum, teacher_temp=self.step_schedules["teacher_temp"](it))

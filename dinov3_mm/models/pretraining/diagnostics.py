@@ -58,11 +58,15 @@ def feature_rank(features: Tensor) -> Tensor:
         features: (n, D), uncentred.
 
     Returns:
-        Scalar between 1 (all features on one line) and min(n, D).
+        Scalar between 1 (all features on one line) and min(n, D); NaN for features that are not
+        finite.
     """
-    singular = torch.linalg.svdvals(features.float())
+    features = features.float()
+    # The decomposition raises where a non-finite step should be reported and skipped.
+    singular = torch.linalg.svdvals(features.nan_to_num(0.0, posinf=0.0, neginf=0.0))
     shares = singular / singular.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.special.entr(shares).sum().exp()
+    rank = torch.special.entr(shares).sum().exp()
+    return torch.where(features.isfinite().all(), rank, torch.nan)
 
 
 @torch.no_grad()

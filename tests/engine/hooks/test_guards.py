@@ -205,6 +205,16 @@ def test_runs_that_have_not_collapsed_go_on(diagnoses):
     assert collapse_run(diagnoses).iter == 12
 
 
+def test_lost_diversity_counts_where_the_initial_weights_had_none():
+    blind = {**UNIFORM, "feature_rank": 1.0, "cls_spread": 1e-7}
+    opened = {**HEALTHY, "feature_rank": 9.0, "cls_spread": 0.1}
+    with pytest.raises(TrainingStoppedError, match=r"at best 0\.1"):
+        collapse_run([blind, opened, {**UNIFORM, "feature_rank": 1.1, "cls_spread": 0.009}])
+    # Slowly opening from nothing, with near-uniform targets all the while.
+    slow = [{**blind, "feature_rank": 1 + 1e-3 * i, "cls_spread": 1e-7 * 2**i} for i in range(12)]
+    assert collapse_run(slow).iter == 12
+
+
 def test_warm_up_is_spared():
     collapsed = [UNIFORM, {**UNIFORM, "feature_rank": 1.0}]
     assert collapse_run(collapsed, begin=10).iter == 12

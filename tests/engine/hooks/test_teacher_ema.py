@@ -42,27 +42,19 @@ def test_local_weight_is_left_alone_by_default():
     assert runner.model.step_values == {"teacher_temp": 0.07}
 
 
-def test_skipped_step_leaves_the_teacher():
+def test_skipped_step_leaves_the_teacher_even_if_the_student_is_broken():
     runner = ToyRunner(ToyAlgorithm(), [TeacherEMAHook(0.5, 0.07)], max_iters=3)
     runner.hooks[0].before_train(runner)
     runner.step()
     before = weights(runner.model.teacher)
-    student = runner.model.student["backbone"].weight
-    assert (weights(runner.model.student) - before).abs().max() > 1e-4
-
-    poison = student[0, 0].item()
     with torch.no_grad():
-        student[0, 0] = float("nan")
+        runner.model.student["backbone"].weight[0, 0] = float("nan")
     runner.step()
-    with torch.no_grad():
-        student[0, 0] = poison
     assert runner.optim_wrapper.step_skipped
-    # NaN in the student would reach the teacher through 0 * NaN, so only the others are compared.
-    after = weights(runner.model.teacher)
-    torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=0)
+    torch.testing.assert_close(weights(runner.model.teacher), before, rtol=0, atol=0)
 
 
-def test_skipped_step_for_a_bad_input_changes_nothing():
+def test_skipped_step_for_a_bad_input_leaves_the_teacher():
     runner = ToyRunner(ToyAlgorithm(), [TeacherEMAHook(0.5, 0.07)], max_iters=3)
     runner.hooks[0].before_train(runner)
     runner.step()
