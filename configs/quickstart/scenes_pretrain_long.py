@@ -1,4 +1,4 @@
-# The same as scenes_pretrain.py for longer: 288,000 images drawn from 30,000 scenes.
+# The same as scenes_pretrain.py for longer: 288,000 images drawn from 20,000 scenes.
 _base_ = ['./scenes_pretrain.py']
 
 max_iters = 4500
