@@ -19,7 +19,7 @@ custom_hooks = [
     dict(type='CollapseGuardHook'),
     dict(
         type='RetrievalEvalHook',
-        interval=150,
+        interval=100,
         source=dict(
             type='ReadableSubset',
             source=dict(type='ImageFolder', root=root, decode_min_side=96),

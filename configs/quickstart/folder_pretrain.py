@@ -15,14 +15,14 @@ custom_hooks = [
     dict(
         type='TeacherEMAHook',
         momentum=dict(type='cosine', base=0.98, final=1.0),
-        teacher_temp=dict(type='linear', start=0.02, end=0.04, total_iters=500),
+        teacher_temp=dict(type='linear', start=0.02, end=0.04, total_iters=400),
     ),
     dict(type='DiagnosisHook', interval=250),
     dict(type='NonFiniteGuardHook'),
     dict(type='CollapseGuardHook'),
     dict(
         type='RetrievalEvalHook',
-        interval=400,
+        interval=200,
         source=dict(
             type='ReadableSubset',
             source=dict(type='ImageFolder', root=root, decode_min_side=96),

@@ -4,7 +4,7 @@
 #       load_from=WORK_DIR/checkpoints/iter_N.pth custom_hooks.2.checkpoint=WORK_DIR/exports/teacher_latest.safetensors
 _base_ = ['./scenes_pretrain.py']
 
-max_iters = 150
+max_iters = 100
 train_cfg = dict(max_iters=max_iters)
 model = dict(gram=dict(img_level=True))
 train_dataloader = dict(transform=dict(gram_size=72, gram_no_distortions=True))
