@@ -42,7 +42,7 @@ class Algorithm(nn.Module):
         super().__init__()
 
 
-TOYS = {"ToyChild": Child, "ToyAlgorithm": Algorithm}
+TOYS = {"ToyChild": Child, "ToyCheckedModel": Algorithm}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def config() -> Config:
     return Config(
         dict(
             runner_type="FlexibleRunner",
-            model=dict(type="ToyAlgorithm", backbone=dict(type="ToyChild", width=3)),
+            model=dict(type="ToyCheckedModel", backbone=dict(type="ToyChild", width=3)),
             train_dataloader=dict(
                 source=dict(type="ImageFolder", root="images"),
                 transform=dict(type="MultiCrop", global_size=32),
@@ -113,8 +113,8 @@ def test_a_good_config_passes():
         ("train_cgf", {}, "train_cgf: not a Runner key, did you mean 'train_cfg'"),
         (
             "model.type",
-            "ToyAlgoritm",
-            "model: no model is called 'ToyAlgoritm'; did you mean 'ToyA",
+            "ToyChekedModel",
+            "model: no model is called 'ToyChekedModel'; did you mean 'ToyA",
         ),
         ("model.momentun", 1, "model: Algorithm takes no argument 'momentun'; did you mean 'mom"),
         (
