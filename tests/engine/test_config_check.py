@@ -114,7 +114,7 @@ def test_a_good_config_passes():
         (
             "model.type",
             "ToyChekedModel",
-            "model: no model is called 'ToyChekedModel'; did you mean 'ToyA",
+            "model: no model is called 'ToyChekedModel'; did you mean 'ToyC",
         ),
         ("model.momentun", 1, "model: Algorithm takes no argument 'momentun'; did you mean 'mom"),
         (
