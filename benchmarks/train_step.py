@@ -254,6 +254,7 @@ def run_in_process(name: str, dtype: str, args: argparse.Namespace) -> dict:
         command += [f"--{option}", str(getattr(args, option))]
     if args.profile:
         command.append("--profile")
+    print(f"{name} {dtype} ...", file=sys.stderr, flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(output.stdout.splitlines()[-1])
