@@ -187,8 +187,9 @@ class ViTTrunk(BaseModule):
             if mask is None:
                 continue
             rows, columns = self.patch_embed.grid_size(batch)
-            if mask.dtype != torch.bool:
-                raise TypeError(f"the mask has dtype {mask.dtype}; expected torch.bool")
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                given = getattr(mask, "dtype", type(mask).__name__)
+                raise TypeError(f"a mask is {given}; expected a tensor of torch.bool, or None")
             if tuple(mask.shape) != (shape[0], rows * columns):
                 raise ValueError(
                     f"the mask has shape {tuple(mask.shape)}; expected {(shape[0], rows * columns)}"
