@@ -163,7 +163,8 @@ class ViTTrunk(BaseModule):
             # Distributed wrappers expect a gradient for every parameter, masks or not.
             prefix = prefix + 0 * self.mask_token
         if self.num_registers:
-            prefix = torch.cat((prefix, self.storage_tokens), dim=1)
+            # Joined as matrices: the gradients then have the strides that DDP's buckets have.
+            prefix = torch.cat((prefix[0], self.storage_tokens[0]))[None]
         return prefix.to(dtype)
 
     def _check_inputs(self, images: list[Tensor], masks: list[Tensor | None]) -> None:
