@@ -1,32 +1,16 @@
-# Stage 1 on a folder of images without labels: tools/quickstart.sh DIR sets train_dataloader.source.root.
+# Stage 1 on a folder of images without labels: tools/quickstart.sh DIR sets both roots.
 _base_ = ['./scenes_pretrain.py']
 
-root = 'data/images'
-train_dataloader = dict(
-    source=dict(_delete_=True, type='ImageFolder', root=root, decode_min_side=96),
-    small_images='upscale',
-)
-custom_hooks = [
-    dict(
-        type='OptimScheduleHook',
-        lr=dict(type='cosine', base=2e-3, final=1e-5, warmup_iters=100),
-        weight_decay=0.04,
-    ),
-    dict(
-        type='TeacherEMAHook',
-        momentum=dict(type='cosine', base=0.98, final=1.0),
-        teacher_temp=dict(type='linear', start=0.02, end=0.04, total_iters=400),
-    ),
-    dict(type='DiagnosisHook', interval=250),
-    dict(type='NonFiniteGuardHook'),
-    dict(type='CollapseGuardHook'),
+images = dict(type='ImageFolder', root='data/images', decode_min_side=96)
+train_dataloader = dict(source=dict(_delete_=True, **images), small_images='upscale')
+
+# k-NN needs labels; retrieval of an image from another view of it does not.
+custom_hooks = [hook for hook in _base_.custom_hooks if hook['type'] != 'KNNEvalHook']
+custom_hooks.append(
     dict(
         type='RetrievalEvalHook',
         interval=200,
-        source=dict(
-            type='ReadableSubset',
-            source=dict(type='ImageFolder', root=root, decode_min_side=96),
-        ),
+        source=dict(type='ReadableSubset', source=images),
         image_size=64,
-    ),
-]
+    )
+)
