@@ -20,6 +20,7 @@ from mmengine.registry import DATASETS
 from rich.console import Console
 
 import dinov3_mm
+from dinov3_mm.datasets import ImageFolder
 from dinov3_mm.evaluation import (
     ImageSet,
     RandomViews,
@@ -186,8 +187,11 @@ def draw(backbone: torch.nn.Module, work_dirs: list[Path], cfg: Config, out: Pat
 def main() -> None:
     args = parse_args()
     began = time.perf_counter()
-    if args.images and not Path(args.images).is_dir():
-        sys.exit(f"quickstart: no folder {args.images}; give a folder that holds images")
+    if args.images:
+        try:
+            console.print(f"{len(ImageFolder(args.images))} images in {args.images}")
+        except (ValueError, OSError) as error:
+            sys.exit(f"quickstart: {error}")
     out = Path(args.out).resolve()
     if args.restart and out.exists():
         shutil.rmtree(out)
