@@ -186,6 +186,8 @@ def draw(backbone: torch.nn.Module, work_dirs: list[Path], cfg: Config, out: Pat
 
 def main() -> None:
     args = parse_args()
+    # Small tensors: a second thread gains little, and costs much where the cores are shared.
+    torch.set_num_threads(1)
     began = time.perf_counter()
     if args.images:
         try:
