@@ -164,18 +164,16 @@ def draw(backbone: torch.nn.Module, work_dirs: list[Path], cfg: Config, out: Pat
         plot_curves(work_dir, pictures[-1], title=f"stage: {work_dir.name}")
     hook = next(hook for hook in cfg.custom_hooks if hook["type"].endswith("EvalHook"))
     source = DATASETS.build(hook.get("test_source") or hook["source"])
-    size = hook["image_size"]
-    images = ImageSet(source, size)
+    # Twice the evaluation size: the PCA then has four times the patches to colour.
+    images = ImageSet(source, 2 * hook["image_size"])
     shown = torch.utils.data.Subset(images, range(min(12, len(images))))
-    large = ImageSet(source, 2 * size)
-    fine = torch.utils.data.Subset(large, range(len(shown)))
     networks = {"random init": random_init_backbone(backbone), "trained": backbone}
     patches = {
-        name: extract_features(network, fine, patches=True).patches
+        name: extract_features(network, shown, patches=True).patches
         for name, network in networks.items()
     }
     pictures.append(out / "pca.png")
-    save_pca_grid(pictures[-1], [fine[i] for i in range(len(shown))], patches)
+    save_pca_grid(pictures[-1], [shown[i] for i in range(len(shown))], patches)
     name = "knn" if hook["type"] == "KNNEvalHook" else "retrieval"
     if read_records(work_dirs[0] / "evaluations.jsonl", name):
         pictures.append(out / "score_vs_minutes.png")
