@@ -9,7 +9,8 @@ from typing import Any
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 
-from ..models.backbones.variants import ARCHITECTURES, ZOO, nearest_name
+from ..models.backbones.zoo import ZOO, ZooRow
+from ..suggest import hint
 from .download import is_url
 from .installing import install_weights
 from .loading import ForeignCheckpoint, load_weights
@@ -64,7 +65,7 @@ def build_backbone(
     return _from_checkpoint(checkpoint, checkpoint.arch, overrides)
 
 
-def _row(name: str):
+def _row(name: str) -> ZooRow | None:
     if name in ZOO:
         return ZOO[name]
     # An official hub name stands for the first row that carries it, the web images.
@@ -76,10 +77,8 @@ def _check_file(name_or_file: str | os.PathLike) -> None:
         return
     name = os.fspath(name_or_file)
     known = [*ZOO, *dict.fromkeys(row.official_name for row in ZOO.values())]
-    message = f"{name} is neither a known backbone{nearest_name(name, known)} nor a local file"
-    if os.sep in name or Path(name).suffix:
-        raise FileNotFoundError(message)
-    raise ValueError(f"{message}; known are {', '.join(known)}")
+    message = f"{name} is neither a known backbone nor a local file; {hint(name, known)}"
+    raise FileNotFoundError(message) if os.sep in name or Path(name).suffix else ValueError(message)
 
 
 def _from_name(
@@ -93,12 +92,12 @@ def _from_name(
         module = _build(backbone, arch, overrides)
         module.init_weights()
         return module.eval()
-    settings = ARCHITECTURES[arch]
+    settings = MODELS.get(backbone).arch_zoo[arch]
     wanted = {**settings, **{key: overrides[key] for key in settings if key in overrides}}
     checkpoint = load_weights(weights, arch=wanted, **options)
     # An official name covers files with and without this norm.
     untie = "untie_global_and_local_cls_norm"
-    if "local_cls_norm.weight" in checkpoint.state_dict:
+    if untie in settings and "local_cls_norm.weight" in checkpoint.state_dict:
         overrides = {untie: True, **overrides}
     return _from_checkpoint(checkpoint, arch, overrides)
 
@@ -115,5 +114,5 @@ def _build(backbone: str, arch: str | dict[str, Any], overrides: dict[str, Any])
     known = inspect.signature(MODELS.get(backbone)).parameters
     for key in overrides:
         if key not in known or key == "arch":
-            raise TypeError(f"{backbone} has no argument {key!r}{nearest_name(key, known)}")
+            raise TypeError(f"{backbone} has no argument {key!r}; {hint(key, known)}")
     return MODELS.build(dict(type=backbone, arch=arch, **overrides))

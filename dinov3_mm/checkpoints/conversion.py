@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.backbones.variants import ARCHITECTURES
+from ..models.backbones.vit_variants import VIT_ARCHITECTURES
 
 PERIODS = ("file", "exact")
 
@@ -32,7 +32,7 @@ class ConversionRequest:
 
     def likely_arch(self, embed_dims: int, num_layers: int) -> Mapping[str, Any]:
         """The wanted architecture, else the one in the table with this width and depth, else {}."""
-        rows = [self.arch, *ARCHITECTURES.values()]
+        rows = [self.arch, *VIT_ARCHITECTURES.values()]
         size = (embed_dims, num_layers)
         return next((r for r in rows if r and (r["embed_dims"], r["num_layers"]) == size), {})
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .architecture import describe_vit_mismatch, infer_vit_arch
 from .conversion import Conversion, ConversionRequest
 from .hf_vit import hf_to_official
 from .official_vit import official_to_official
 from .timm_vit import timm_to_official
+from .vit_architecture import describe_vit_mismatch, infer_vit_arch
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Which input normalisation a weight file was trained with."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..models.backbones.variants import ZOO
+from ..models.backbones.zoo import ZOO
 from .download import local_path
 from .safetensors_file import read_export_header
 from .source import read_config, read_json
@@ -27,10 +26,9 @@ class Statistics(NamedTuple):
 
 # By the tag that official, Hugging Face and timm names have in common, e.g. 'lvd1689m'.
 _BY_TAG = {
-    row.weights.lower(): Statistics(
-        row.mean, row.std, re.sub(r"(?<=[A-Z])(?=\d)", "-", row.weights)
-    )
+    row.data.replace("-", "").lower(): Statistics(row.mean, row.std, row.data)
     for row in ZOO.values()
+    if row.data
 }
 
 

@@ -1,7 +1,6 @@
 """The data loader of pretraining."""
 
 import copy
-import difflib
 import gc
 import os
 import signal
@@ -18,6 +17,7 @@ from dinov3_mm.datasets.multi_crop_dataset import MultiCropDataset
 from dinov3_mm.datasets.randomness import torch_seed
 from dinov3_mm.datasets.samplers import PositionBatchSampler
 from dinov3_mm.datasets.source_check import check_source
+from dinov3_mm.suggest import hint
 
 LOADER_KEYS = (
     "source",
@@ -164,9 +164,7 @@ def check_keys(cfg: dict, known: Iterable[str], where: str) -> None:
     """Raise ValueError for a key that nobody reads, naming the nearest known one."""
     for key in cfg:
         if key not in known:
-            near = difflib.get_close_matches(key, list(known), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"unknown key {key!r} in {where}; {hint}")
+            raise ValueError(f"unknown key {key!r} in {where}; {hint(key, known)}")
 
 
 def _check_sizes(transform: object, patch_size: int) -> None:

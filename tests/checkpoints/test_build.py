@@ -6,7 +6,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 
 from dinov3_mm.checkpoints import build_backbone, list_backbones
-from dinov3_mm.models.backbones import ARCHITECTURES, ZOO, DINOv3ViT
+from dinov3_mm.models.backbones import VIT_ARCHITECTURES, ZOO, DINOv3ViT
 from tests.checkpoints.toys import TOY_ARCH, assert_same_tensors, tensors_of, toy_backbone
 
 
@@ -15,8 +15,8 @@ def toy_zoo(monkeypatch):
     """The released ViT-L rows at toy size, so that names can be built in no time."""
     full = toy_backbone(patch_size=16).arch_settings
     satellite = {**full, "untie_global_and_local_cls_norm": True}
-    monkeypatch.setitem(ARCHITECTURES, "large", full)
-    monkeypatch.setitem(ARCHITECTURES, "large_sat", satellite)
+    monkeypatch.setitem(VIT_ARCHITECTURES, "large", full)
+    monkeypatch.setitem(VIT_ARCHITECTURES, "large_sat", satellite)
     return {"lvd": full, "sat": satellite}
 
 
@@ -62,7 +62,7 @@ def test_overrides_reach_the_backbone(tmp_path):
     backbone = build_backbone(tmp_path / "weights.pth", out_type="cls_token", drop_path_rate=0.2)
     assert backbone.drop_path_rate == 0.2
     assert backbone(torch.zeros(1, 3, 16, 16))[0].shape == (1, 32)
-    with pytest.raises(TypeError, match=r"no argument 'out_indicies' \(did you mean 'out_indices'"):
+    with pytest.raises(TypeError, match=r"no argument 'out_indicies'; did you mean 'out_indices'"):
         build_backbone(tmp_path / "weights.pth", out_indicies=(0,))
 
 

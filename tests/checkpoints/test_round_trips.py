@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dinov3_mm.checkpoints import load_backbone_weights, load_weights, to_hf, to_timm
-from dinov3_mm.models.backbones import ARCHITECTURES, DINOv3ViT
+from dinov3_mm.models.backbones import VIT_ARCHITECTURES, DINOv3ViT
 from tests.checkpoints.toys import assert_same_tensors, redraw, tensors_of
 
 WIDTH = {"embed_dims": 64, "num_layers": 2}
@@ -15,7 +15,7 @@ WIDTH = {"embed_dims": 64, "num_layers": 2}
 
 def toy_of(name):
     """The architecture at width 64, with as many channels per head as a quarter of the real one."""
-    real = ARCHITECTURES[name]
+    real = VIT_ARCHITECTURES[name]
     heads = 4 * 64 * real["num_heads"] // real["embed_dims"]
     backbone = DINOv3ViT(arch={**real, **WIDTH, "num_heads": heads})
     backbone.init_weights()
@@ -39,7 +39,7 @@ def assert_restored(source, path, lost):
     assert_same_tensors(state, expected)
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", sorted(VIT_ARCHITECTURES))
 def test_official(name, tmp_path):
     source = toy_of(name)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
@@ -49,7 +49,7 @@ def test_official(name, tmp_path):
     rebuilt.load_state_dict(checkpoint.state_dict, strict=True)
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", sorted(VIT_ARCHITECTURES))
 def test_hugging_face(name, tmp_path):
     source = toy_of(name)
     save_file(to_hf(source.state_dict()), tmp_path / "model.safetensors")
@@ -57,7 +57,7 @@ def test_hugging_face(name, tmp_path):
     assert_restored(source, tmp_path, lost=("local_cls_norm",))
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", sorted(VIT_ARCHITECTURES))
 def test_timm(name, tmp_path):
     source = toy_of(name)
     save_file(to_timm(source.state_dict()), tmp_path / "timm.safetensors")

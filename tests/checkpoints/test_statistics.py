@@ -12,7 +12,7 @@ from tests.checkpoints.toys import toy_backbone
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", sorted(name for name in ZOO if ZOO[name].data))
 def test_released_names_tell(name, tmp_path):
     row = ZOO[name]
     names = [row.file, f"{row.timm_name}.bin", f"models--{row.hf_id}".replace("/", "--")]
@@ -20,7 +20,7 @@ def test_released_names_tell(name, tmp_path):
         (tmp_path / each).touch()
         statistics = read_statistics(tmp_path / each)
         assert (statistics.mean, statistics.std) == (row.mean, row.std)
-        assert statistics.name == {"LVD1689M": "LVD-1689M", "SAT493M": "SAT-493M"}[row.weights]
+        assert statistics.name == row.data
 
 
 def test_a_hub_cache_folder_tells(tmp_path):

@@ -16,7 +16,7 @@ from dinov3_mm.datasets.loader import LOADER_KEYS, MASKING_KEYS
 from dinov3_mm.datasets.samplers import BatchLayout
 from dinov3_mm.engine.config.defaults import DEFAULT_HOOKS, DEFAULT_PATCH_SIZE, patch_size_of
 from dinov3_mm.engine.config.signature import accepted_keywords
-from dinov3_mm.engine.config.suggest import hint, nearest
+from dinov3_mm.suggest import hint, nearest
 
 # Top-level keys that MMEngine reads beside the runner's own arguments.
 CONFIG_KEYS = frozenset({"runner_type", "custom_imports", "launcher", "env_cfg", "default_scope"})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from mmengine.config import Config, DictAction
 
 from dinov3_mm.engine.config.check import ConfigError, accepted_at, runner_keys, untyped_keys
-from dinov3_mm.engine.config.suggest import hint
+from dinov3_mm.suggest import hint
 
 
 def parse_options(options: Sequence[str]) -> dict[str, object]:

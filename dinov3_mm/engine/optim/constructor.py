@@ -8,7 +8,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
-from dinov3_mm.engine.config.suggest import hint
+from dinov3_mm.suggest import hint
 
 from .param_groups import build_param_groups
 

@@ -7,7 +7,7 @@ from numbers import Real
 
 from mmengine.registry import PARAM_SCHEDULERS
 
-from dinov3_mm.engine.config.suggest import hint
+from dinov3_mm.suggest import hint
 
 from .schedules import (
     ConstantSchedule,

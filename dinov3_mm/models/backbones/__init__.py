@@ -1,6 +1,7 @@
 """Backbones, registered in MMEngine's root registry."""
 
-from .variants import ARCHITECTURES, ZOO, ReleasedBackbone
 from .vit import DINOv3ViT, TokenOutput
+from .vit_variants import VIT_ARCHITECTURES
+from .zoo import ZOO, ZooRow
 
-__all__ = ["ARCHITECTURES", "ZOO", "DINOv3ViT", "ReleasedBackbone", "TokenOutput"]
+__all__ = ["VIT_ARCHITECTURES", "ZOO", "DINOv3ViT", "TokenOutput", "ZooRow"]

@@ -7,8 +7,8 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .variants import resolve_vit_arch
 from .vit_trunk import Grid, ViTTrunk, unpack
+from .vit_variants import VIT_ARCHITECTURES, resolve_vit_arch
 
 OUT_TYPES = ("featmap", "cls_token", "avg_featmap", "raw", "featmap+cls")
 
@@ -39,8 +39,8 @@ class DINOv3ViT(ViTTrunk):
     ``DINOv3ViT(arch=backbone.arch_settings)`` builds the same architecture again.
 
     Args:
-        arch: name in :data:`~dinov3_mm.models.backbones.variants.ARCHITECTURES`, or a dict with
-            ``embed_dims``, ``num_layers``, ``num_heads`` and any architecture argument below.
+        arch: name in :attr:`arch_zoo`, or a dict with ``embed_dims``, ``num_layers``, ``num_heads``
+            and any architecture argument below.
         patch_size: side of a patch in pixels.
         in_channels: image channels.
         num_registers: register (storage) tokens.
@@ -75,6 +75,8 @@ class DINOv3ViT(ViTTrunk):
         ValueError: if an argument is unknown or does not fit the others.
         ImportError: if ``attn_backend`` is 'xformers' and it is not installed.
     """
+
+    arch_zoo = VIT_ARCHITECTURES
 
     def __init__(
         self,

@@ -12,7 +12,8 @@ from mmengine.model.weight_init import initialize
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..backbones.variants import nearest_name
+from dinov3_mm.suggest import hint
+
 from ..losses import sinkhorn_knopp
 from .diagnostics import diagnose
 from .gram_teacher import GramTeacher, gram_term, resize_to_student
@@ -205,10 +206,7 @@ class DINOv3(BaseModel):
         """
         for name in values:
             if name not in STEP_VALUES:
-                raise ValueError(
-                    f"set_step has no value {name!r}{nearest_name(name, STEP_VALUES)}; expected "
-                    f"{', '.join(STEP_VALUES)}"
-                )
+                raise ValueError(f"set_step has no value {name!r}; {hint(name, STEP_VALUES)}")
         self.step_values.update(values)
 
     def forward(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..backbones.variants import nearest_name
+from dinov3_mm.suggest import hint
 
 DINO_DEFAULTS = dict(weight=1.0, global_ignore_diagonal=True)
 IBOT_DEFAULTS = dict(weight=1.0)
@@ -41,10 +41,7 @@ def resolve_options(
     given = given or {}
     for key in given:
         if key not in defaults:
-            raise ValueError(
-                f"{term} has no setting {key!r}{nearest_name(key, defaults)}; known settings are "
-                f"{', '.join(defaults)}"
-            )
+            raise ValueError(f"{term} has no setting {key!r}; {hint(key, defaults)}")
     options = {**defaults, **given}
     if options["weight"] < 0:
         raise ValueError(f"{term}: weight must not be negative, got {options['weight']}")

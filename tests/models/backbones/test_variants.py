@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from dinov3_mm.models.backbones import ARCHITECTURES, DINOv3ViT
+from dinov3_mm.models.backbones import VIT_ARCHITECTURES, DINOv3ViT
 
 TOY = {"embed_dims": 32, "num_layers": 2, "num_heads": 2}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", VIT_ARCHITECTURES)
 def test_settings_rebuild_the_architecture(name):
     with torch.device("meta"):
         model = DINOv3ViT(arch=name)
@@ -61,10 +61,10 @@ def test_one_form_of_periods_withdraws_the_other():
 
 
 def test_resolving_leaves_the_table_alone():
-    before = json.dumps(ARCHITECTURES)
+    before = json.dumps(VIT_ARCHITECTURES)
     with torch.device("meta"):
         DINOv3ViT(arch="small", num_registers=0).arch_settings["embed_dims"] = 1
-    assert json.dumps(ARCHITECTURES) == before
+    assert json.dumps(VIT_ARCHITECTURES) == before
 
 
 @pytest.mark.parametrize(

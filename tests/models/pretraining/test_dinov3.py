@@ -258,7 +258,7 @@ def test_state_dict_has_the_names_of_training_checkpoints():
     [
         (dict(compute_dtype="fp16"), "float16 is not supported"),
         (dict(student_temp=0.0), "student_temp must be positive"),
-        (dict(dino=dict(weigth=1)), "dino has no setting 'weigth' .did you mean 'weight'"),
+        (dict(dino=dict(weigth=1)), "dino has no setting 'weigth'; did you mean 'weight'"),
         (dict(ibot=1.0), "ibot must be a dict"),
         (dict(koleo=dict(weight=-1)), "koleo: weight must not be negative"),
         (dict(koleo=dict(topk=2)), "need distributed=True"),
@@ -293,7 +293,7 @@ def test_training_without_its_hooks():
     inputs = prepared(model, toy_batch())
     with pytest.raises(RuntimeError, match="TeacherEMAHook"):
         model(inputs, mode="loss")
-    with pytest.raises(ValueError, match=r"no value 'teacher_tmp' .did you mean 'teacher_temp'"):
+    with pytest.raises(ValueError, match=r"no value 'teacher_tmp'; did you mean 'teacher_temp'"):
         model.set_step(teacher_tmp=0.1)
 
 

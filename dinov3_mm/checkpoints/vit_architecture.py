@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.backbones.variants import ARCHITECTURES, VIT_DEFAULTS
+from ..models.backbones.vit_variants import VIT_ARCHITECTURES, VIT_DEFAULTS
 from ..models.layers import ffn_hidden_dims
 from .naming import num_blocks
 from .periods import PERIODS_KEY
@@ -83,7 +83,7 @@ def infer_vit_arch(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
             "missing or of the wrong shape"
         )
     rope = _rope(state_dict[PERIODS_KEY])
-    for row in ARCHITECTURES.values():
+    for row in VIT_ARCHITECTURES.values():
         if arch_facts(row) == facts:
             return {**row, **rope}
     sizes = {key: facts[key] for key in ("embed_dims", "num_layers", "num_heads")}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from dinov3_mm.checkpoints.vit_architecture import infer_vit_arch
 
-from dinov3_mm.checkpoints.architecture import infer_vit_arch
-from dinov3_mm.models.backbones import ARCHITECTURES, ZOO, DINOv3ViT
+from dinov3_mm.models.backbones import VIT_ARCHITECTURES, ZOO, DINOv3ViT
 from tests.checkpoints.toys import toy_backbone
 
 MANIFEST = json.loads((Path(__file__).parents[1] / "data" / "manifest_backbones.json").read_text())[
@@ -29,7 +29,7 @@ def released_tensors(name):
 def test_every_released_vit_is_recognised(name):
     state = released_tensors(name)
     arch = infer_vit_arch(state)
-    assert arch == ARCHITECTURES[ZOO[name].arch]
+    assert arch == VIT_ARCHITECTURES[ZOO[name].arch]
     with torch.device("meta"):
         built = DINOv3ViT(arch=arch).state_dict()
     assert {key: tuple(tensor.shape) for key, tensor in built.items()} == {
