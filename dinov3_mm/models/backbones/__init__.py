@@ -1,7 +1,17 @@
 """Backbones, registered in MMEngine's root registry."""
 
+from .convnext import DINOv3ConvNeXt
+from .convnext_variants import CONVNEXT_ARCHITECTURES
 from .vit import DINOv3ViT, TokenOutput
 from .vit_variants import VIT_ARCHITECTURES
 from .zoo import ZOO, ZooRow
 
-__all__ = ["VIT_ARCHITECTURES", "ZOO", "DINOv3ViT", "TokenOutput", "ZooRow"]
+__all__ = [
+    "CONVNEXT_ARCHITECTURES",
+    "VIT_ARCHITECTURES",
+    "ZOO",
+    "DINOv3ConvNeXt",
+    "DINOv3ViT",
+    "TokenOutput",
+    "ZooRow",
+]

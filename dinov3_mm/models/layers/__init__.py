@@ -2,6 +2,7 @@
 
 from .attention import ATTN_BACKENDS, MaskedKBiasLinear, SelfAttention
 from .block import Block, ImageSubset, LayerScale, draw_subset
+from .convnext_block import ConvNeXtBlock, PatchConv2d
 from .feed_forward import FFN_LAYERS, Mlp, SwiGLU, build_ffn, ffn_hidden_dims
 from .norm import NORM_LAYERS, LayerNorm, RMSNorm, build_norm
 from .patch_embed import PatchEmbed
@@ -13,11 +14,13 @@ __all__ = [
     "FFN_LAYERS",
     "NORM_LAYERS",
     "Block",
+    "ConvNeXtBlock",
     "ImageSubset",
     "LayerNorm",
     "LayerScale",
     "MaskedKBiasLinear",
     "Mlp",
+    "PatchConv2d",
     "PatchEmbed",
     "RMSNorm",
     "RopeTables",

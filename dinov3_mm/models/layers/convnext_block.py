@@ -1,0 +1,76 @@
+"""The two building blocks of ConvNeXt (Liu et al., arXiv 2201.03545), on maps (B, H, W, C).
+
+With the channels last, norms and pointwise layers need no copy, and the map seen as (B, C, H, W)
+has the ``channels_last`` memory format, the fast one for convolutions.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .norm import LayerNorm
+
+
+class PatchConv2d(nn.Conv2d):
+    """Convolution with equal kernel and stride; trailing rows and columns are dropped.
+
+    Args:
+        in_channels, out_channels: channels of input and output.
+        stride: side of the kernel, and step.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, stride, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, H // stride, W // stride, D)."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvNeXtBlock(nn.Module):
+    """``x + gamma * pwconv2(gelu(pwconv1(norm(dwconv(x)))))`` with per-sample stochastic depth.
+
+    Args:
+        dims: width C; the hidden width is 4 C.
+        layer_scale_init_value: initial ``gamma``; 0 leaves it out.
+        drop_rate: probability that an image skips the residual branch in training.
+    """
+
+    def __init__(
+        self, dims: int, *, layer_scale_init_value: float = 0.0, drop_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.drop_rate = drop_rate
+        self.init_value = layer_scale_init_value
+        # Registration order is the key order of the official files.
+        self.gamma = (
+            nn.Parameter(torch.full((dims,), layer_scale_init_value))
+            if layer_scale_init_value
+            else None
+        )
+        self.dwconv = nn.Conv2d(dims, dims, 7, padding=3, groups=dims)
+        self.norm = LayerNorm(dims, eps=1e-6)
+        self.pwconv1 = nn.Linear(dims, 4 * dims)
+        self.pwconv2 = nn.Linear(4 * dims, dims)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: map (B, H, W, C).
+            scale: factor on the residual of each image (B, 1, 1, 1), see :meth:`draw_scale`.
+        """
+        branch = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        branch = self.pwconv2(F.gelu(self.pwconv1(self.norm(branch))))
+        gamma = None if self.gamma is None else self.gamma.to(x.dtype)
+        if scale is not None:
+            gamma = scale.to(x.dtype) if gamma is None else gamma * scale.to(x.dtype)
+        return x + branch if gamma is None else torch.addcmul(x, branch, gamma)
+
+    def draw_scale(self, images: int, device: torch.device) -> Tensor | None:
+        """Draw which images keep the residual: 0, or 1 / (1 - drop_rate); None in eval mode."""
+        if not self.training or not self.drop_rate:
+            return None
+        keep_rate = 1 - self.drop_rate
+        kept = torch.floor(keep_rate + torch.rand(images, 1, 1, 1, device=device))
+        return kept / keep_rate
