@@ -2,7 +2,8 @@
 
 from .convnext import DINOv3ConvNeXt
 from .convnext_variants import CONVNEXT_ARCHITECTURES
-from .vit import DINOv3ViT, TokenOutput
+from .outputs import TokenOutput
+from .vit import DINOv3ViT
 from .vit_variants import VIT_ARCHITECTURES
 from .zoo import ZOO, ZooRow
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .convnext_trunk import NUM_STAGES, ConvNeXtTrunk
 from .convnext_variants import CONVNEXT_ARCHITECTURES, resolve_convnext_arch
-from .vit import OUT_TYPES, TokenOutput
+from .outputs import TokenOutput, check_out_type, resolve_layers, resolve_out_indices
 
 
 @MODELS.register_module()
@@ -77,27 +77,14 @@ class DINOv3ConvNeXt(ConvNeXtTrunk):
         super().__init__(
             settings, drop_path_rate=drop_path_rate, with_cp=with_cp, init_cfg=init_cfg
         )
-        if out_type not in OUT_TYPES:
-            raise ValueError(f"out_type is {out_type!r}; expected one of {OUT_TYPES}")
         if not -1 <= frozen_stages <= NUM_STAGES:
             raise ValueError(f"frozen_stages is {frozen_stages}; expected -1 to {NUM_STAGES}")
-        self.out_indices = self._resolve_out_indices(out_indices)
-        self.out_type = out_type
+        self.out_indices = resolve_out_indices(out_indices, NUM_STAGES, "stages")
+        self.out_type = check_out_type(out_type)
         self.final_norm = final_norm
         self.frozen_stages = frozen_stages
         for module in self._frozen_modules():
             module.eval().requires_grad_(False)
-
-    def _resolve_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        resolved = tuple(index + NUM_STAGES if index < 0 else index for index in given)
-        in_range = all(0 <= index < NUM_STAGES for index in resolved)
-        if not resolved or not in_range or list(resolved) != sorted(set(resolved)):
-            raise ValueError(
-                f"out_indices is {out_indices}; expected ascending, distinct stages out of "
-                f"{NUM_STAGES}, counted from 0 or, if negative, from the end"
-            )
-        return resolved
 
     def _frozen_modules(self) -> list[nn.Module]:
         count = max(0, self.frozen_stages)
@@ -176,16 +163,8 @@ class DINOv3ConvNeXt(ConvNeXtTrunk):
         if isinstance(images, Tensor):
             return self.forward_features([images], [masks])[0]
         masks = [None] * len(images) if masks is None else list(masks)
-        return [
-            {
-                "x_norm_clstoken": output.cls,
-                "x_storage_tokens": output.registers,
-                "x_norm_patchtokens": output.patches,
-                "x_prenorm": output.prenorm,
-                "masks": mask,
-            }
-            for output, mask in zip(self.forward_tokens(images), masks, strict=True)
-        ]
+        outputs = self.forward_tokens(images)
+        return [output.official(mask) for output, mask in zip(outputs, masks, strict=True)]
 
     def get_intermediate_layers(
         self,
@@ -208,13 +187,7 @@ class DINOv3ConvNeXt(ConvNeXtTrunk):
         Raises:
             ValueError: if an index is negative, repeated or out of range.
         """
-        stages = range(NUM_STAGES - n, NUM_STAGES) if isinstance(n, int) else sorted(n)
-        distinct = set(stages)
-        if not stages or len(distinct) < len(stages) or distinct - set(range(NUM_STAGES)):
-            raise ValueError(
-                f"n is {n}; expected a number of stages or distinct stage indices out of "
-                f"{NUM_STAGES}, counted from 0"
-            )
+        stages = resolve_layers(n, NUM_STAGES, "stage")
         self._check_images(x, stages[-1])
         maps = self._run_stages(x, stages[-1])
         outputs = []

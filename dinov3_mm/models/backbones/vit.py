@@ -1,32 +1,15 @@
 """DINOv3 Vision Transformer (paper section 3.2)."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .outputs import TokenOutput, check_out_type, resolve_layers, resolve_out_indices
 from .vit_trunk import Grid, ViTTrunk, unpack
 from .vit_variants import VIT_ARCHITECTURES, resolve_vit_arch
-
-OUT_TYPES = ("featmap", "cls_token", "avg_featmap", "raw", "featmap+cls")
-
-
-class TokenOutput(NamedTuple):
-    """Tokens of one batch of images after the last block.
-
-    Attributes:
-        cls: (B, D), after the final norm.
-        registers: (B, R, D), after the final norm.
-        patches: (B, N, D), after the final norm, row by row.
-        prenorm: (B, 1 + R + N, D), all tokens before the final norm.
-    """
-
-    cls: Tensor
-    registers: Tensor
-    patches: Tensor
-    prenorm: Tensor
 
 
 @MODELS.register_module()
@@ -147,28 +130,20 @@ class DINOv3ViT(ViTTrunk):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
-        if out_type not in OUT_TYPES:
-            raise ValueError(f"out_type is {out_type!r}; expected one of {OUT_TYPES}")
         if not -1 <= frozen_stages <= self.num_layers:
             raise ValueError(
                 f"frozen_stages is {frozen_stages}; expected -1 to {self.num_layers} (the blocks)"
             )
-        self.out_indices = self._resolve_out_indices(out_indices)
-        self.out_type = out_type
+        self.out_indices = resolve_out_indices(out_indices, self.num_layers)
+        self.out_type = check_out_type(out_type)
         self.final_norm = final_norm
         self.frozen_stages = frozen_stages
         self._freeze_stages()
 
-    def _resolve_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        resolved = tuple(index + self.num_layers if index < 0 else index for index in given)
-        in_range = all(0 <= index < self.num_layers for index in resolved)
-        if not resolved or not in_range or list(resolved) != sorted(set(resolved)):
-            raise ValueError(
-                f"out_indices is {out_indices}; expected ascending, distinct blocks out of "
-                f"{self.num_layers}, counted from 0 or, if negative, from the end"
-            )
-        return resolved
+    @property
+    def token_stride(self) -> int:
+        """Pixels from one patch token to the next."""
+        return self.patch_size
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
@@ -257,16 +232,8 @@ class DINOv3ViT(ViTTrunk):
         if isinstance(images, Tensor):
             return self.forward_features([images], [masks])[0]
         masks = [None] * len(images) if masks is None else list(masks)
-        return [
-            {
-                "x_norm_clstoken": output.cls,
-                "x_storage_tokens": output.registers,
-                "x_norm_patchtokens": output.patches,
-                "x_prenorm": output.prenorm,
-                "masks": mask,
-            }
-            for output, mask in zip(self.forward_tokens(images, masks), masks)
-        ]
+        outputs = self.forward_tokens(images, masks)
+        return [output.official(mask) for output, mask in zip(outputs, masks)]
 
     def get_intermediate_layers(
         self,
@@ -290,15 +257,8 @@ class DINOv3ViT(ViTTrunk):
         Raises:
             ValueError: if an index is negative, repeated or out of range.
         """
-        wanted = range(self.num_layers - n, self.num_layers) if isinstance(n, int) else sorted(n)
-        distinct = set(wanted)
-        if not wanted or len(distinct) < len(wanted) or distinct - set(range(self.num_layers)):
-            raise ValueError(
-                f"n is {n}; expected a number of blocks or distinct block indices out of "
-                f"{self.num_layers}, counted from 0"
-            )
         outputs = []
-        for prefix, patches in self._features(x, wanted, norm=norm):
+        for prefix, patches in self._features(x, resolve_layers(n, self.num_layers), norm=norm):
             if reshape:
                 patches = _to_featmap(patches, self.patch_embed.grid_size(x))
             cls, registers = self._split_cls(prefix)
