@@ -4,6 +4,7 @@
 ``backbones``: they are imported by their own names, not from here.
 """
 
-from dinov3_mm.models.backbones import DINOv3ViT
+from dinov3_mm.models.adapters import SimpleFeaturePyramid
+from dinov3_mm.models.backbones import DINOv3ConvNeXt, DINOv3ViT
 
-__all__ = ["DINOv3ViT"]
+__all__ = ["DINOv3ConvNeXt", "DINOv3ViT", "SimpleFeaturePyramid"]
