@@ -14,16 +14,25 @@ from ..suggest import hint
 from .download import is_url
 from .installing import install_weights
 from .loading import ForeignCheckpoint, load_weights
+from .model_hub import parse_hub_name
 
 
-def list_backbones(pattern: str | None = None) -> list[str]:
-    """Names of the released checkpoints, sorted; those that match a shell pattern if one is given.
+def list_backbones(pattern: str | None = None, *, weights_only: bool = False) -> list[str]:
+    """Names that :func:`build_backbone` takes, sorted.
+
+    Args:
+        pattern: shell pattern that the names match.
+        weights_only: leave out architectures whose weights cannot be had from their publisher.
 
     Example:
         >>> list_backbones("*sat493m")
         ['dinov3_vit7b16_sat493m', 'dinov3_vitl16_sat493m']
     """
-    return sorted(name for name in ZOO if pattern is None or fnmatchcase(name, pattern))
+    return sorted(
+        name
+        for name, row in ZOO.items()
+        if (row.released or not weights_only) and (pattern is None or fnmatchcase(name, pattern))
+    )
 
 
 def build_backbone(
@@ -32,17 +41,21 @@ def build_backbone(
     *,
     periods: str = "file",
     reset_bias_mask: bool = False,
+    allow_partial: bool = False,
     **overrides: Any,
 ) -> BaseModule:
     """Build a backbone in eval mode.
 
     Args:
         name_or_file: a name of :func:`list_backbones` (``dinov3_vitl16_sat493m``) or of the
-            official hub (``dinov3_vitl16``), or a weight file, folder or URL of any known format,
-            whose architecture is read from its metadata or from its tensors.
+            official hub (``dinov3_vitl16``), or a weight file, folder, URL or Hugging Face hub name
+            (``owner/name``) of any known format, whose architecture is read from its metadata or
+            from its tensors.
         weights: for a name, the weights to load; without them the backbone is initialised randomly.
         periods: see :func:`load_weights`.
         reset_bias_mask: see :func:`load_weights`.
+        allow_partial: load the tensors that fit and initialise the others randomly; the logged line
+            names them.
         **overrides: arguments of the backbone, e.g. ``out_indices``.
 
     Raises:
@@ -55,14 +68,16 @@ def build_backbone(
     if row is not None:
         if weights is None and reset_bias_mask:
             raise ValueError("reset_bias_mask=True needs weights; a fresh backbone has 1/0/1")
-        return _from_name(row.backbone, row.arch, weights, options, overrides)
+        return _from_name(row.backbone, row.arch, weights, options, allow_partial, overrides)
     _check_file(name_or_file)
     if weights is not None:
         raise ValueError(
             f"{name_or_file} is a weight file already; pass a name to load other weights {weights}"
         )
     checkpoint = load_weights(name_or_file, **options)
-    return _from_checkpoint(checkpoint, checkpoint.arch, overrides)
+    return build_from_checkpoint(
+        checkpoint, checkpoint.arch, allow_partial=allow_partial, **overrides
+    )
 
 
 def _row(name: str) -> ZooRow | None:
@@ -73,7 +88,9 @@ def _row(name: str) -> ZooRow | None:
 
 
 def _check_file(name_or_file: str | os.PathLike) -> None:
-    if is_url(name_or_file) or Path(name_or_file).expanduser().exists():
+    if is_url(name_or_file) or parse_hub_name(name_or_file):
+        return
+    if Path(name_or_file).expanduser().exists():
         return
     name = os.fspath(name_or_file)
     known = [*ZOO, *dict.fromkeys(row.official_name for row in ZOO.values())]
@@ -86,6 +103,7 @@ def _from_name(
     arch: str,
     weights: str | os.PathLike | None,
     options: dict[str, Any],
+    allow_partial: bool,
     overrides: dict[str, Any],
 ) -> BaseModule:
     if weights is None:
@@ -99,14 +117,21 @@ def _from_name(
     untie = "untie_global_and_local_cls_norm"
     if untie in settings and "local_cls_norm.weight" in checkpoint.state_dict:
         overrides = {untie: True, **overrides}
-    return _from_checkpoint(checkpoint, arch, overrides)
+    return build_from_checkpoint(checkpoint, arch, allow_partial=allow_partial, **overrides)
 
 
-def _from_checkpoint(
-    checkpoint: ForeignCheckpoint, arch: str | dict[str, Any], overrides: dict[str, Any]
+def build_from_checkpoint(
+    checkpoint: ForeignCheckpoint,
+    arch: str | dict[str, Any],
+    *,
+    allow_partial: bool = False,
+    **overrides: Any,
 ) -> BaseModule:
+    """Build a backbone of architecture ``arch`` with loaded weights; see :func:`build_backbone`."""
     module = _build(checkpoint.layout.family.backbone, arch, overrides)
-    install_weights(module, checkpoint)
+    if allow_partial:
+        module.init_weights()
+    install_weights(module, checkpoint, allow_partial=allow_partial)
     return module.eval()
 
 

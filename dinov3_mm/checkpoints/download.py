@@ -1,4 +1,4 @@
-"""Weights given by URL: a download into torch hub's cache, checked before it is kept."""
+"""Weights given by path, URL or hub name: where they lie on this machine."""
 
 import hashlib
 import os
@@ -9,21 +9,29 @@ from urllib.parse import urlsplit
 import torch
 
 from .io import atomic_write
+from .model_hub import hub_folder, parse_hub_name
 from .opening import open_checkpoint
 
 
 def local_path(weights: str | os.PathLike) -> Path:
-    """Path of local weights, after a download if they are given by an http(s) URL.
+    """Path of local weights, after a download if they are given by URL or hub name.
 
-    Downloads go to torch hub's cache (``torch.hub.get_dir()/checkpoints``) and are made once. A
-    file name that ends in the beginning of the SHA-256 (``name-0123abcd.pth``) is checked against
-    the content, and every file must open as a checkpoint before it enters the cache.
+    What exists on this machine comes first, then an http(s) URL, then the name of a repository on
+    the Hugging Face hub (``[hf-hub:]owner/name[@revision]``, see :func:`hub_folder`).
+
+    Downloads from a URL go to torch hub's cache (``torch.hub.get_dir()/checkpoints``) and are made
+    once. A file name that ends in the beginning of the SHA-256 (``name-0123abcd.pth``) is checked
+    against the content, and every file must open as a checkpoint before it enters the cache.
 
     Raises:
+        FileNotFoundError: If the hub has no such repository, or cannot be reached.
+        PermissionError: If the repository is gated and access was not granted.
         ValueError: If the download is damaged, has another hash, or is no checkpoint.
     """
     if not is_url(weights):
-        return Path(weights).expanduser()
+        path = Path(weights).expanduser()
+        hub_name = None if path.exists() else parse_hub_name(weights)
+        return path if hub_name is None else hub_folder(hub_name)
     url = str(weights)
     target = cache_path(url)
     if not target.exists():

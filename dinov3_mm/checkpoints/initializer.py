@@ -14,10 +14,12 @@ class DINOv3Pretrained:
     """MMEngine initializer that loads a backbone from a weight file of any known format.
 
     Args:
-        checkpoint: file, folder or http(s) URL; see :func:`load_weights`.
+        checkpoint: file, folder, http(s) URL or hub name; see :func:`load_weights`.
         reset_bias_mask: set the mask of the qkv bias to 1/0/1, so that the q and v biases of
             released weights train.
         periods: 'file' or 'exact'; see :func:`load_weights`.
+        allow_partial: load the tensors that fit; the others keep the backbone's own
+            initialisation.
 
     Raises:
         FileNotFoundError: On use, if nothing is there.
@@ -33,18 +35,21 @@ class DINOv3Pretrained:
         checkpoint: str | os.PathLike,
         reset_bias_mask: bool = False,
         periods: str = "file",
+        allow_partial: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.reset_bias_mask = reset_bias_mask
         self.periods = periods
+        self.allow_partial = allow_partial
 
     def __call__(self, module: nn.Module) -> None:
-        """Load the weights into ``module``; all of it or nothing."""
+        """Load the weights into ``module``; all of it or nothing, unless partial."""
         report = load_backbone_weights(
             module,
             self.checkpoint,
             periods=self.periods,
             reset_bias_mask=self.reset_bias_mask,
+            allow_partial=self.allow_partial,
         )
         # MMEngine lists this for every parameter when a whole model is initialised.
         if hasattr(module, "_params_init_info"):

@@ -1,4 +1,4 @@
-"""Weights into a backbone: every tensor of it, or none."""
+"""Weights into a backbone: every tensor of it, or none, unless a part is asked for."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from .loading import ForeignCheckpoint, load_weights
-from .report import LoadReport
+from .report import LoadReport, shortened
 
 # A norm that training uses for local crops only. Some released files carry it and some do not, and
 # neither Hugging Face nor timm keeps it.
@@ -22,62 +22,96 @@ def load_backbone_weights(
     *,
     periods: str = "file",
     reset_bias_mask: bool = False,
+    allow_partial: bool = False,
 ) -> LoadReport:
     """Load weights of any known format into a backbone, strictly, and log one line about it.
 
     Args:
         module: backbone of this project.
-        path: file, folder or http(s) URL; see :func:`load_weights`.
+        path: file, folder, http(s) URL or hub name; see :func:`load_weights`.
         periods: see :func:`load_weights`.
         reset_bias_mask: see :func:`load_weights`.
+        allow_partial: load the tensors that fit and leave the others of the backbone as they are.
+            The line names what is missing, unexpected or of another shape.
 
     Raises:
         FileNotFoundError: If nothing is there.
-        ValueError: If the weights cannot be read, or do not fit the backbone tensor by tensor. The
-            backbone is then untouched.
+        ValueError: If the weights cannot be read, or do not fit the backbone tensor by tensor (with
+            ``allow_partial``: if none fits). The backbone is then untouched.
     """
     checkpoint = load_weights(
         path, periods=periods, reset_bias_mask=reset_bias_mask, arch=module.arch_settings
     )
-    return install_weights(module, checkpoint)
+    return install_weights(module, checkpoint, allow_partial=allow_partial)
 
 
-def install_weights(module: nn.Module, checkpoint: ForeignCheckpoint) -> LoadReport:
+def install_weights(
+    module: nn.Module, checkpoint: ForeignCheckpoint, *, allow_partial: bool = False
+) -> LoadReport:
     """Copy loaded weights into a backbone after all of them have been checked.
 
     ``local_cls_norm`` may be absent on either side: it is dropped, or made up from ``norm``.
 
     Raises:
-        ValueError: If names or shapes differ; the backbone is then untouched.
+        ValueError: If names or shapes differ (with ``allow_partial``: if nothing fits); the
+            backbone is then untouched.
     """
     target = module.state_dict()
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("the backbone is on the meta device; give it storage (to_empty) first")
     state_dict, notes = _settle_local_norm(checkpoint.state_dict, target)
-    problems = _compare(state_dict, target)
-    if problems:
-        mismatch = checkpoint.layout.family.describe_mismatch(
-            checkpoint.state_dict, module.arch_settings
-        )
-        raise ValueError(
-            "\n  ".join(
-                (
-                    f"the weights in {checkpoint.report.source} ({checkpoint.report.layout}) do "
-                    f"not fit this {type(module).__name__}; nothing was loaded",
-                    *problems,
-                    f"architecture: {mismatch or 'the same in the file as asked for'}",
-                )
-            )
-        )
-    notes += _roundings(state_dict, target)
-    module.load_state_dict(state_dict, strict=True)
+    differences = _compare(state_dict, target)
+    fitting = {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if name not in differences["unexpected"] and name not in differences["other_shape"]
+    }
+    if any(differences.values()) and not (allow_partial and fitting):
+        raise ValueError(_refusal(module, checkpoint, differences, state_dict, target))
+    notes += _roundings(fitting, target)
+    module.load_state_dict(fitting, strict=not allow_partial)
     report = replace(
         checkpoint.report,
         num_tensors=len(target),
         notes=(*checkpoint.report.notes, *notes),
+        **{kind: tuple(names) for kind, names in differences.items()},
     )
     print_log(str(report), logger="current")
     return report
+
+
+def _refusal(
+    module: nn.Module,
+    checkpoint: ForeignCheckpoint,
+    differences: Mapping[str, list[str]],
+    state_dict: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+) -> str:
+    """The message about weights that do not fit."""
+    shapes = [
+        f"{name} {tuple(state_dict[name].shape)} instead of {tuple(target[name].shape)}"
+        for name in differences["other_shape"]
+    ]
+    kinds = {
+        "missing": differences["missing"],
+        "unexpected": differences["unexpected"],
+        "wrong shape": shapes,
+    }
+    mismatch = checkpoint.layout.family.describe_mismatch(
+        checkpoint.state_dict, module.arch_settings
+    )
+    return "\n  ".join(
+        (
+            f"the weights in {checkpoint.report.source} ({checkpoint.report.layout}) do "
+            f"not fit this {type(module).__name__}; nothing was loaded",
+            *(
+                f"{kind} ({len(names)}): {shortened(names)}"
+                for kind, names in kinds.items()
+                if names
+            ),
+            f"architecture: {mismatch or 'the same in the file as asked for'}",
+        )
+    )
 
 
 def _settle_local_norm(
@@ -97,34 +131,31 @@ def _settle_local_norm(
     return state_dict, []
 
 
-def _compare(state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    """Sentences about everything that keeps the weights from fitting."""
-    missing = [name for name in target if name not in state_dict]
-    unexpected = [name for name in state_dict if name not in target]
-    shapes = [
-        f"{name} {tuple(state_dict[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in target.items()
-        if name in state_dict and state_dict[name].shape != tensor.shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-    return [f"{kind} ({len(names)}): {_shortened(names)}" for kind, names in kinds if names]
-
-
-def _shortened(names: list[str], limit: int = 12) -> str:
-    more = f", ... and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _compare(
+    state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> dict[str, list[str]]:
+    """Names of everything that keeps the weights from fitting, by kind."""
+    return {
+        "missing": [name for name in target if name not in state_dict],
+        "unexpected": [name for name in state_dict if name not in target],
+        "other_shape": [
+            name
+            for name, tensor in target.items()
+            if name in state_dict and state_dict[name].shape != tensor.shape
+        ],
+    }
 
 
 def _roundings(state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
     """Notes about tensors that lose precision because the backbone's dtype is narrower."""
     rounded: dict[torch.dtype, list[str]] = {}
-    for name, tensor in target.items():
-        stored = state_dict[name]
+    for name, stored in state_dict.items():
+        tensor = target[name]
         if torch.promote_types(stored.dtype, tensor.dtype) != tensor.dtype and not torch.equal(
             stored.to(tensor.dtype).to(stored.dtype), stored
         ):
             rounded.setdefault(tensor.dtype, []).append(name)
     return [
-        f"rounded to {str(dtype).removeprefix('torch.')}: {_shortened(names, 3)}"
+        f"rounded to {str(dtype).removeprefix('torch.')}: {shortened(names, 3)}"
         for dtype, names in rounded.items()
     ]

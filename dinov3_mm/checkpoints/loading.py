@@ -14,6 +14,7 @@ from .download import local_path
 from .layouts import Layout
 from .opening import open_checkpoint
 from .qkv_bias import reset_bias_masks
+from .released import check_released
 from .report import LoadReport
 from .selecting import select_backbone
 from .statistics import Statistics, find_statistics
@@ -65,7 +66,7 @@ def load_weights(
     file is executed.
 
     Args:
-        path: file, folder, or http(s) URL.
+        path: file, folder, http(s) URL, or hub name (``owner/name``); see :func:`local_path`.
         heads: also return the projection heads that lie beside the backbone.
         periods: 'file' for the RoPE periods of the official files: as stored, or rounded to bf16
             where the source (Hugging Face, timm) stores none; 'exact' for unrounded ones, with
@@ -77,11 +78,14 @@ def load_weights(
 
     Raises:
         FileNotFoundError: If nothing is there.
+        PermissionError: If a hub repository is gated and access was not granted.
         ValueError: If the content is damaged, unknown, would run code, holds values that are not
-            finite, or lacks the heads that were asked for.
+            finite, is not the released file whose name it has, or lacks the heads that were asked
+            for.
     """
     path = local_path(path)
     opened = open_checkpoint(path)
+    check_released(path)
     selection = select_backbone(opened.names, str(path))
     if heads and not selection.heads:
         raise ValueError(f"{path} holds a backbone only; expected dino_head or ibot_head beside it")

@@ -31,8 +31,8 @@ def open_checkpoint(path: str | os.PathLike) -> OpenedCheckpoint:
         return _open_folder(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weights at {path}: expected a local file, a folder or an http(s) URL. "
-            "Weights on a model hub must be downloaded first and given by their path"
+            f"no weights at {path}: expected a local file or folder, an http(s) URL, or the name "
+            "of a repository on the Hugging Face hub (owner/name)"
         )
     with path.open("rb") as file:
         head = file.read(64)

@@ -32,7 +32,7 @@ def open_safetensors(path: Path) -> OpenedCheckpoint:
     # An export says all about itself; a config.json beside it belongs to something else.
     config = {} if export else read_config(path.parent)
     return OpenedCheckpoint(
-        path, "safetensors file", tuple(location), _reader(location), config, export
+        path, ".safetensors", tuple(location), _reader(location), config, export
     )
 
 

@@ -35,7 +35,7 @@ def open_torch_file(path: Path, *, is_zip: bool) -> OpenedCheckpoint:
     tensors = dict(_flatten(tree[entries[0]] if entries else tree))
     return OpenedCheckpoint(
         path,
-        "torch file",
+        ".pth",
         tuple(tensors),
         lambda names: {name: tensors[name] for name in names},
         notes=tuple(f"entry {name!r} ignored" for name in entries[1:]),

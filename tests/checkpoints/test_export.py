@@ -62,7 +62,7 @@ def test_the_header_states_what_is_inside(tmp_path):
         assert json.loads(file.metadata()["dinov3_mm"]) == stated
         assert set(file.keys()) == set(backbone.state_dict())
     assert read_statistics(path).name == "LVD-1689M"
-    assert "exported safetensors file" in str(load_weights(path).report)
+    assert "exported .safetensors" in str(load_weights(path).report)
 
 
 def test_heads_travel_beside_the_backbone(tmp_path):

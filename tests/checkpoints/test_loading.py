@@ -42,7 +42,7 @@ def test_the_report_counts_and_names_the_source(tmp_path, state, monkeypatch):
     assert logged == [line]
     assert_same_tensors(backbone.state_dict(), state)
     assert line == (
-        f"loaded {len(state)}/{len(state)} backbone tensors from official torch file "
+        f"loaded {len(state)}/{len(state)} backbone tensors from official .pth "
         f"{tmp_path / 'weights.pth'}, statistics unknown, heads: none; periods as stored"
     )
 

@@ -37,7 +37,7 @@ class RunsCode:
 def test_torch_files_are_told_by_content(name, legacy, state, tmp_path):
     torch.save(state, tmp_path / name, _use_new_zipfile_serialization=not legacy)
     opened, tensors = read_all(tmp_path / name)
-    assert opened.container == "torch file"
+    assert opened.container == ".pth"
     assert_same_tensors(tensors, state)
 
 
@@ -45,7 +45,7 @@ def test_torch_files_are_told_by_content(name, legacy, state, tmp_path):
 def test_safetensors_are_told_by_content(name, state, tmp_path):
     save_file(state, tmp_path / name)
     opened, tensors = read_all(tmp_path / name)
-    assert opened.container == "safetensors file"
+    assert opened.container == ".safetensors"
     assert_same_tensors(tensors, state)
 
 
