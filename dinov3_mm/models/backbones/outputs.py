@@ -24,11 +24,13 @@ class TokenOutput(NamedTuple):
     patches: Tensor
     prenorm: Tensor
 
-    def official(self, mask: Tensor | None) -> dict[str, Tensor | None]:
+    def official(
+        self, mask: Tensor | None, registers_key: str = "x_storage_tokens"
+    ) -> dict[str, Tensor | None]:
         """The same under the keys of the official code, with the mask that was given."""
         return {
             "x_norm_clstoken": self.cls,
-            "x_storage_tokens": self.registers,
+            registers_key: self.registers,
             "x_norm_patchtokens": self.patches,
             "x_prenorm": self.prenorm,
             "masks": mask,

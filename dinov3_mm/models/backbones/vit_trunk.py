@@ -43,14 +43,17 @@ Grid = tuple[int, int]  # rows and columns of patches
 
 
 class ViTTrunk(BaseModule):
-    """Parameters and forward pass on packed tokens; :class:`DINOv3ViT` adds the interface.
+    """Parameters and forward pass on packed tokens; :class:`ViTInterface` adds the public methods.
 
     The tokens of all images of all entries form one matrix (sum of B * T, D), so that norms and
     linears run once whatever the number of resolutions; only attention works per entry.
 
+    A subclass makes its tokens in :meth:`_build_tokens` and hands them out in
+    :meth:`_prefix_tokens`; what else it does differently, it overrides.
+
     Args:
-        settings: every architecture value, see ``resolve_vit_arch``.
-        rope_augmentation: ``shift_coords``, ``jitter_coords``, ``rescale_coords``.
+        settings: every architecture value.
+        rope: arguments of ``RotaryEmbedding2D``; None for a model without RoPE.
         drop_path_rate: share of the images that skip a residual branch in training.
         attn_backend: see ``SelfAttention``.
         with_cp: recompute blocks in the backward pass.
@@ -61,7 +64,7 @@ class ViTTrunk(BaseModule):
         self,
         settings: dict[str, Any],
         *,
-        rope_augmentation: dict[str, float | None],
+        rope: dict[str, Any] | None,
         drop_path_rate: float,
         attn_backend: str,
         with_cp: bool,
@@ -75,42 +78,43 @@ class ViTTrunk(BaseModule):
         self.num_layers = self.n_blocks = settings["num_layers"]
         self.num_heads = settings["num_heads"]
         self.patch_size = settings["patch_size"]
-        self.num_registers = self.n_storage_tokens = settings["num_registers"]
+        self.num_registers = settings["num_registers"]
         self.chunked_blocks = False
         self.drop_path_rate = drop_path_rate
         self.attn_backend = attn_backend
         self.with_cp = with_cp
-        self._build_modules(rope_augmentation)
+        self._build_modules(rope)
 
-    def _build_modules(self, rope_augmentation: dict[str, float | None]) -> None:
+    def _build_modules(self, rope: dict[str, Any] | None) -> None:
         settings, dims = self.arch_settings, self.embed_dims
         # Registration order is the key order of the official files and the order of random draws.
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dims))
-        if self.num_registers:
-            self.storage_tokens = nn.Parameter(torch.zeros(1, self.num_registers, dims))
-        self.mask_token = nn.Parameter(torch.zeros(1, dims))
+        self._build_tokens()
         self.patch_embed = PatchEmbed(settings["in_channels"], dims, self.patch_size)
-        self.rope_embed = RotaryEmbedding2D(
-            dims // self.num_heads,
-            base=settings["rope_base"],
-            min_period=settings["rope_min_period"],
-            max_period=settings["rope_max_period"],
-            normalize_coords=settings["rope_normalize_coords"],
-            dtype=settings["rope_dtype"],
-            **rope_augmentation,
-        )
-        block_settings = {key: settings[key] for key in _BLOCK_SETTINGS}
+        head_dims = dims // self.num_heads
+        self.rope_embed = None if rope is None else RotaryEmbedding2D(head_dims, **rope)
+        block_settings = {key: settings[key] for key in _BLOCK_SETTINGS if key in settings}
         self.blocks = nn.ModuleList(
             Block(dims, self.num_heads, attn_backend=self.attn_backend, **block_settings)
             for _ in range(self.num_layers)
         )
-        norm = settings["norm_layer"]
-        self.norm = build_norm(norm, dims)
-        untie_cls = settings["untie_cls_and_patch_norms"]
-        self.cls_norm = build_norm(norm, dims) if untie_cls else None
-        untie_local = settings["untie_global_and_local_cls_norm"]
-        self.local_cls_norm = build_norm(norm, dims) if untie_local else None
+        self._build_norms()
         self.head = nn.Identity()
+
+    def _build_tokens(self) -> None:
+        """Register the parameters ``cls_token``, ``mask_token`` and those of the subclass."""
+        raise NotImplementedError
+
+    def _build_norms(self) -> None:
+        self.norm = build_norm(self.arch_settings["norm_layer"], self.embed_dims)
+        self.cls_norm = self.local_cls_norm = None
+
+    def _prefix_tokens(self) -> tuple[Tensor, Tensor | None]:
+        """CLS (1, 1, D) and registers (1, R, D) as they enter the first block."""
+        raise NotImplementedError
+
+    def _add_positions(self, patches: Tensor, grid: Grid) -> Tensor:
+        """Patches (B, N, D) with what marks their position before the first block."""
+        return patches
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -119,10 +123,11 @@ class ViTTrunk(BaseModule):
         Linear weights and tokens are drawn with standard deviation 0.02 from torch's default
         generator, in the order of registration; mask token and biases are 0.
         """
-        nn.init.normal_(self.cls_token, std=0.02)
-        if self.num_registers:
-            nn.init.normal_(self.storage_tokens, std=0.02)
-        nn.init.zeros_(self.mask_token)
+        for parameter in self.parameters(recurse=False):
+            if parameter is self.mask_token:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -144,27 +149,28 @@ class ViTTrunk(BaseModule):
         grids = [self.patch_embed.grid_size(batch) for batch in images]
         counts = [rows * columns for rows, columns in grids]
         patches = self.patch_embed(images)
-        entries = patches.split([len(batch) * n for batch, n in zip(images, counts)])
+        entries = patches.split([batch.shape[0] * n for batch, n in zip(images, counts)])
         prefix = self._prefix(patches.dtype, use_mask_token=all(mask is None for mask in masks))
         packed = []
-        for batch, n, entry, mask in zip(images, counts, entries, masks):
-            entry = entry.view(len(batch), n, -1)
+        for batch, grid, entry, mask in zip(images, grids, entries, masks):
+            entry = entry.view(batch.shape[0], grid[0] * grid[1], -1)
             if mask is not None:
                 entry = torch.where(mask[..., None], self.mask_token.to(entry.dtype), entry)
-            tokens = torch.cat((prefix.expand(len(batch), -1, -1), entry), dim=1)
+            entry = self._add_positions(entry, grid)
+            tokens = torch.cat((prefix.expand(batch.shape[0], -1, -1), entry), dim=1)
             packed.append(tokens.flatten(0, 1))
-        shapes = [(len(batch), prefix.shape[1] + n) for batch, n in zip(images, counts)]
+        shapes = [(batch.shape[0], prefix.shape[1] + n) for batch, n in zip(images, counts)]
         return packed[0] if len(packed) == 1 else torch.cat(packed), shapes, grids
 
     def _prefix(self, dtype: torch.dtype, *, use_mask_token: bool) -> Tensor:
         """CLS and register tokens (1, 1 + R, D)."""
-        prefix = self.cls_token
+        prefix, registers = self._prefix_tokens()
         if use_mask_token and torch.is_grad_enabled():
             # Distributed wrappers expect a gradient for every parameter, masks or not.
             prefix = prefix + 0 * self.mask_token
-        if self.num_registers:
+        if registers is not None:
             # Joined as matrices: the gradients then have the strides that DDP's buckets have.
-            prefix = torch.cat((prefix[0], self.storage_tokens[0]))[None]
+            prefix = torch.cat((prefix[0], registers[0]))[None]
         return prefix.to(dtype)
 
     def _check_inputs(self, images: list[Tensor], masks: list[Tensor | None]) -> None:
@@ -202,14 +208,15 @@ class ViTTrunk(BaseModule):
     ) -> list[Tensor]:
         """Packed outputs of the blocks ``layers`` (ascending); later blocks are not run."""
         outputs = []
-        plain_tables = [self.rope_embed(*grid) for grid in grids]
+        rope = self.rope_embed
+        plain_tables = None if rope is None else [rope(*grid) for grid in grids]
         for index in range(layers[-1] + 1):
             block = self.blocks[index]
             # All draws are made here, so that a block is a function of its arguments: recomputing
             # it under checkpointing needs no restored random state.
             inputs: list[Any] = [plain_tables]
-            if block.training and self.rope_embed.augmented:
-                inputs = [[self.rope_embed(*grid, augment=True) for grid in grids]]
+            if block.training and rope is not None and rope.augmented:
+                inputs = [[rope(*grid, augment=True) for grid in grids]]
             if block.training and self.drop_path_rate > 0:
                 inputs += [draw_subset(shapes, self.drop_path_rate, x.device) for _ in range(2)]
             if self.with_cp and torch.is_grad_enabled():
