@@ -14,12 +14,14 @@ from dinov3_mm.datasets.sources import (
     MMDatasetSource,
     ReadableSubset,
 )
+from dinov3_mm.datasets.statistics import ChannelStatistics, channel_statistics
 from dinov3_mm.datasets.synthetic_scenes import SyntheticScenes
 from dinov3_mm.datasets.transforms import MultiCrop
 
 __all__ = [
     "BatchLayout",
     "BrokenImageError",
+    "ChannelStatistics",
     "ImageFolder",
     "ImageList",
     "ImageSource",
@@ -35,6 +37,7 @@ __all__ = [
     "SyntheticScenes",
     "block_mask",
     "build_pretrain_dataloader",
+    "channel_statistics",
     "sample_generator",
     "torch_seed",
 ]

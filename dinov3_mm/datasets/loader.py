@@ -88,7 +88,7 @@ def build_pretrain_dataloader(
 
     Raises:
         ValueError: If a key is unknown, a crop size is not divisible by the patch size, the batch
-            cannot be cut evenly, or the images do not fit the crops.
+            cannot be cut evenly, or the images do not fit the crops or differ in their channels.
     """
     check_keys(cfg, LOADER_KEYS, "train_dataloader")
     if "source" not in cfg:
@@ -110,7 +110,7 @@ def build_pretrain_dataloader(
     )
     _check_sizes(transform, masking["patch_size"])
     source = DATASETS.build(copy.deepcopy(dict(cfg["source"])))
-    check_source(
+    num_channels = check_source(
         source,
         cfg.get("min_image_size") or transform.global_size,
         cfg.get("small_images", "error"),
@@ -130,7 +130,7 @@ def build_pretrain_dataloader(
             "prefetch_factor": cfg.get("prefetch_factor", 2),
         }
     return PretrainDataLoader(
-        MultiCropDataset(source, transform, seed),
+        MultiCropDataset(source, transform, seed, num_channels),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,

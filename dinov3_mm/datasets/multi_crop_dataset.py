@@ -21,17 +21,26 @@ class MultiCropDataset(Dataset):
         source (ImageSource): The images.
         transform (MultiCrop): ``transform(image, rng) -> dict`` of crop lists.
         seed (int): Seed of the run.
+        num_channels (int | None): An image with another number of channels counts as unreadable;
+            None: any number will do.
 
     Raises:
         ValueError: If the source is empty.
     """
 
-    def __init__(self, source: ImageSource, transform: MultiCrop, seed: int = 0) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: MultiCrop,
+        seed: int = 0,
+        num_channels: int | None = None,
+    ) -> None:
         if not len(source):
             raise ValueError(f"{type(source).__name__} holds no images")
         self.source = source
         self.transform = transform
         self.seed = seed
+        self.num_channels = num_channels
         self._permutations: dict[int, Permutation] = {}
 
     def __len__(self) -> int:
@@ -70,7 +79,7 @@ class MultiCropDataset(Dataset):
         replacement = None
         while True:
             try:
-                return self.source.load_image(index), broken
+                return self._checked(self.source.load_image(index), index), broken
             except BrokenImageError as error:
                 broken.append(str(error))
                 if len(broken) > _MAX_REPLACEMENTS:
@@ -81,3 +90,11 @@ class MultiCropDataset(Dataset):
             if replacement is None:
                 replacement = sample_generator(self.seed, "replacement", position)
             index = int(replacement.integers(len(self.source)))
+
+    def _checked(self, image: np.ndarray, index: int) -> np.ndarray:
+        if self.num_channels not in (None, image.shape[-1]):
+            raise BrokenImageError(
+                self.source.path(index),
+                f"has {image.shape[-1]} channels, the other images have {self.num_channels}",
+            )
+        return image

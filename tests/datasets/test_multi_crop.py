@@ -217,6 +217,54 @@ def test_other_channel_numbers(channels):
         assert sample["gram_crops"][0].shape == (channels, 48, 48)
 
 
+@pytest.mark.parametrize("channels", [1, 4, 8])
+def test_float_images_give_the_8_bit_crops_without_rounding(channels):
+    image = photo()[..., [0, 1, 2, 1, 0, 2, 2, 1][:channels]]
+    transform = MultiCrop(**SMALL, jitter_prob=0, solarize_prob=0, gram_size=48)
+    for seed in range(3):
+        rounded = transform(image, np.random.default_rng(seed))
+        exact = transform(image.astype(np.float32), np.random.default_rng(seed))
+        for key, crops in exact.items():
+            for ours, theirs in zip(crops, rounded[key]):
+                assert ours.dtype == np.float32 and ours.shape == theirs.shape
+                assert 0.05 < np.abs(ours - theirs).mean() < 0.6
+
+
+def test_dropped_channels():
+    transform = MultiCrop(**SMALL, channel_drop_prob=0.3)
+    rngs = [sample_generator(0, "augment", index) for index in range(400)]
+    crops = [
+        crop.distortion.dropped
+        for rng in rngs
+        for item in [transform.draw(60, 80, rng, 8)]
+        for crop in item.global_crops + item.local_crops
+    ]
+    rates = np.mean([[channel in dropped for channel in range(8)] for dropped in crops], axis=0)
+    assert np.abs(rates - 0.3).max() < 0.04
+    image = np.full((60, 80, 8), 100.0, np.float32)
+    plain = MultiCrop(**SMALL, **PLAIN, channel_drop_prob=0.3)
+    sample = plain(image, np.random.default_rng(0))
+    drawn = plain.draw(60, 80, np.random.default_rng(0), 8)
+    for crop, params in zip(sample["global_crops"], drawn.global_crops):
+        assert np.flatnonzero(crop.max((1, 2)) == 0).tolist() == list(params.distortion.dropped)
+    assert any(params.distortion.dropped for params in drawn.global_crops)
+
+
+def test_one_channel_stays():
+    transform = MultiCrop(**SMALL, channel_drop_prob=1.0)
+    drawn = [transform.draw(60, 80, sample_generator(0, "augment", i), 4) for i in range(100)]
+    kept = [set(range(4)) - set(c.distortion.dropped) for d in drawn for c in d.local_crops]
+    assert all(len(channels) == 1 for channels in kept)
+    assert set.union(*kept) == {0, 1, 2, 3}
+    single = transform.draw(60, 80, np.random.default_rng(0), 1)
+    assert single.global_crops[0].distortion.dropped == ()
+
+
+def test_without_dropping_the_draws_do_not_depend_on_the_channels():
+    one, eight = (MultiCrop().draw(60, 80, np.random.default_rng(0), n) for n in (1, 8))
+    assert one == eight
+
+
 def test_blur_variants():
     assert MultiCrop().blur_probs == (0.0, 0.9, 0.5)
     assert MultiCrop(blur_probs="paper").blur_probs == (1.0, 0.1, 0.5)
@@ -234,6 +282,7 @@ def test_blur_variants():
         ({"jitter": {"hue": 0.7}}, "hue must be <= 0.5"),
         ({"blur_probs": "official"}, "three probabilities or 'paper'"),
         ({"blur_kernel": 8}, "blur_kernel must be odd"),
+        ({"channel_drop_prob": 2}, "channel_drop_prob must be in"),
         ({"local_from_global": True, "num_local": 3}, "even num_local, got 3"),
         ({"local_from_global": True, "global_size": 96}, "local_size \\+ 16"),
     ],
@@ -245,8 +294,8 @@ def test_bad_arguments(arguments, message):
 
 def test_bad_images():
     with pytest.raises(
-        TypeError, match=r"uint8 array of shape .* got float32 of shape \(8, 8, 3\)"
+        TypeError, match=r"uint8 or float32 in 0\.\.255, got uint16 of shape \(8, 8, 3\)"
     ):
-        MultiCrop()(np.zeros((8, 8, 3), np.float32), np.random.default_rng(0))
+        MultiCrop()(np.zeros((8, 8, 3), np.uint16), np.random.default_rng(0))
     with pytest.raises(TypeError, match=r"got uint8 of shape \(8, 8\)"):
         MultiCrop()(np.zeros((8, 8), np.uint8), np.random.default_rng(0))

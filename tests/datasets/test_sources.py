@@ -35,7 +35,7 @@ def test_every_format_is_read_as_pil_reads_it(tmp_path, name):
     image = source.load_image(0)
     assert image.dtype == np.uint8
     assert (image == np.asarray(Image.open(tmp_path / name).convert("RGB"))).all()
-    assert source.probe_size(0) == (40, 60)
+    assert source.probe(0) == (40, 60, 3)
 
 
 @pytest.mark.parametrize("quality", [30, 90])
@@ -156,7 +156,7 @@ def test_text_list(tmp_path):
     assert len(source) == 2 and source.classes == ()
     assert source.load_image(1).shape == (5, 6, 3)
     listing.write_text("a.png\n")
-    assert ImageList(str(listing), root=str(tmp_path / "images")).probe_size(0) == (40, 60)
+    assert ImageList(str(listing), root=str(tmp_path / "images")).probe(0) == (40, 60, 3)
 
 
 def test_csv_list(tmp_path):

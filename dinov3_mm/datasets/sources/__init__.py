@@ -5,6 +5,8 @@ from dinov3_mm.datasets.sources.decode import IMAGE_EXTENSIONS, BrokenImageError
 from dinov3_mm.datasets.sources.image_folder import ImageFolder
 from dinov3_mm.datasets.sources.image_list import ImageList
 from dinov3_mm.datasets.sources.mm_dataset import MMDatasetSource
+from dinov3_mm.datasets.sources.multiband import ImageHeader
+from dinov3_mm.datasets.sources.pixel_format import PixelFormat
 from dinov3_mm.datasets.sources.readable_subset import ReadableSubset
 
 __all__ = [
@@ -12,9 +14,11 @@ __all__ = [
     "BrokenImageError",
     "FileSource",
     "ImageFolder",
+    "ImageHeader",
     "ImageList",
     "ImageSource",
     "MMDatasetSource",
+    "PixelFormat",
     "ReadableSubset",
     "read_image",
 ]

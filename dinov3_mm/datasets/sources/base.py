@@ -2,11 +2,13 @@
 
 import os
 from array import array
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from dinov3_mm.datasets.sources.decode import check_color, read_image, read_image_size
+from dinov3_mm.datasets.sources.multiband import ImageHeader
+from dinov3_mm.datasets.sources.pixel_format import PixelFormat
 
 
 @runtime_checkable
@@ -14,14 +16,14 @@ class ImageSource(Protocol):
     """Indexed images; anything with these methods can be trained on.
 
     A source may also offer ``label(index) -> int`` with ``classes`` (names), and
-    ``probe_size(index) -> (height, width)`` that reads no pixels.
+    ``probe(index)``, an :class:`~dinov3_mm.datasets.sources.ImageHeader` read without any pixel.
     """
 
     def __len__(self) -> int:
         """Number of images."""
 
     def load_image(self, index: int) -> np.ndarray:
-        """``(H, W, C)`` uint8; raises BrokenImageError when the image cannot be read."""
+        """``(H, W, C)`` uint8, or float32 in 0..255; BrokenImageError if it cannot be read."""
 
     def path(self, index: int) -> str:
         """Name of the image for messages."""
@@ -59,20 +61,33 @@ class FileSource:
 
     Args:
         root (str): Folder that relative paths start from.
-        color (str): ``'rgb'`` or ``'gray'`` (one channel).
+        color (str): ``'rgb'``, ``'gray'`` (one channel) or ``'unchanged'`` (as in the files).
         decode_min_side (int | None): See
             :func:`~dinov3_mm.datasets.sources.decode.read_image`.
+        channels (Sequence[int] | None): See
+            :class:`~dinov3_mm.datasets.sources.pixel_format.PixelFormat`.
+        value_range (tuple[float, float] | None): See there.
 
     Attributes:
         classes (tuple[str, ...]): Class names; empty without labels.
+        format (PixelFormat): How the files are decoded.
     """
 
     classes: tuple[str, ...] = ()
 
-    def __init__(self, root: str, color: str = "rgb", decode_min_side: int | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        color: str = "rgb",
+        decode_min_side: int | None = None,
+        *,
+        channels: Sequence[int] | None = None,
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
         self.root = os.path.expanduser(root)
-        self.color = check_color(color)
-        self.decode_min_side = decode_min_side
+        self.format = PixelFormat(
+            color, channels=channels, value_range=value_range, min_side=decode_min_side
+        )
         self._paths = PathIndex()
         self._labels = array("q")
 
@@ -84,12 +99,12 @@ class FileSource:
         return os.path.join(self.root, self._paths[index])
 
     def load_image(self, index: int) -> np.ndarray:
-        """``(H, W, 3)`` or ``(H, W, 1)`` uint8 image; BrokenImageError if it cannot be read."""
-        return read_image(self.path(index), self.color, self.decode_min_side)
+        """``(H, W, C)`` uint8, or float32 in 0..255; BrokenImageError if it cannot be read."""
+        return self.format.read(self.path(index))
 
-    def probe_size(self, index: int) -> tuple[int, int]:
-        """Height and width from the file header; BrokenImageError if it cannot be read."""
-        return read_image_size(self.path(index))
+    def probe(self, index: int) -> ImageHeader:
+        """Size and channels from the file header; BrokenImageError if it cannot be read."""
+        return self.format.probe(self.path(index))
 
     def label(self, index: int) -> int:
         """Class of an image; ValueError if the source has no labels."""

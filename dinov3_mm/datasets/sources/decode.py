@@ -1,14 +1,15 @@
-"""Image files to uint8 arrays, and one error for whatever can be wrong with a file."""
+"""Image files to 8-bit arrays, and one error for whatever can be wrong with a file."""
 
 import io
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from dinov3_mm.datasets.sources.decode_tiff import TIFF_STARTS
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-COLOR_MODES = ("rgb", "gray")
 
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
@@ -70,7 +71,7 @@ def decode_image(
     try:
         return _decode_pil(data, color)
     except Exception as error:  # decoders raise anything on damaged bytes
-        raise BrokenImageError(path, f"{type(error).__name__}: {error}") from error
+        raise BrokenImageError(path, _reason(error, data[:4])) from error
 
 
 def read_image_size(path: str) -> tuple[int, int]:
@@ -79,18 +80,22 @@ def read_image_size(path: str) -> tuple[int, int]:
     Raises:
         BrokenImageError: If the header cannot be read.
     """
+    start = b""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
+        with open(path, "rb") as file:
+            start = file.read(4)
+            file.seek(0)
+            with Image.open(file) as image:
+                return image.height, image.width
     except Exception as error:  # decoders raise anything on damaged bytes
-        raise BrokenImageError(str(path), f"{type(error).__name__}: {error}") from error
+        raise BrokenImageError(str(path), _reason(error, start)) from error
 
 
-def check_color(color: str) -> str:
-    """Return ``color`` if it is a known mode."""
-    if color not in COLOR_MODES:
-        raise ValueError(f"color must be one of {COLOR_MODES}, got {color!r}")
-    return color
+def _reason(error: Exception, start: bytes) -> str:
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, UnidentifiedImageError) and start in TIFF_STARTS:
+        reason += "; TIFF files of several bands or of 16-bit colours need color='unchanged'"
+    return reason
 
 
 def _decode_jpeg(data: bytes, color: str, min_side: int | None) -> np.ndarray | None:
@@ -121,6 +126,8 @@ def _decode_pil(data: bytes, color: str) -> np.ndarray:
             gray = (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
             return np.repeat(gray[..., None], 3 if color == "rgb" else 1, axis=2)
         if image.mode == "F":
-            raise ValueError("32-bit float pixels have no defined 8-bit range")
+            raise ValueError(
+                "32-bit float pixels have no defined 8-bit range; read them with color='unchanged'"
+            )
         pixels = np.array(image.convert("RGB" if color == "rgb" else "L"))
     return pixels if color == "rgb" else pixels[..., None]

@@ -1,12 +1,13 @@
 """All images below a folder."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mmengine.registry import DATASETS
 
 from dinov3_mm.datasets.sources.base import FileSource
 from dinov3_mm.datasets.sources.decode import IMAGE_EXTENSIONS
+from dinov3_mm.datasets.sources.pixel_format import UNCHANGED
 
 
 @DATASETS.register_module()
@@ -19,11 +20,18 @@ class ImageFolder(FileSource):
 
     Args:
         root (str): The folder.
-        color (str): ``'rgb'`` or ``'gray'`` (one channel).
+        color (str): ``'rgb'``, ``'gray'`` (one channel), or ``'unchanged'`` for the channels and
+            the precision of the files (TIFF, ``.npy`` and 16-bit PNG).
         decode_min_side (int | None): Decode large JPEGs at 1/2, 1/4 or 1/8 of their size as long as
             the shorter side keeps this many pixels, which is several times faster; None: at full
             size. For 224 px crops of at least 0.32 of the area 448 costs no sharpness.
-        extensions (tuple[str, ...]): File name endings that count as images, in any case.
+        channels (Sequence[int] | None): With ``'unchanged'``: the channels to keep, counted from 0,
+            in this order; None: all.
+        value_range (tuple[float, float] | None): With ``'unchanged'``: the stored values that
+            become 0 and 1 on the scale of mean and std; values outside are clipped. None: 0..255
+            for 8-bit, 0..65535 for 16-bit, 0..1 for float pixels.
+        extensions (tuple[str, ...] | None): File name endings that count as images, in any case;
+            None: the usual ones, and ``.npy`` with ``'unchanged'``.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -36,9 +44,13 @@ class ImageFolder(FileSource):
         *,
         color: str = "rgb",
         decode_min_side: int | None = None,
-        extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
+        channels: Sequence[int] | None = None,
+        value_range: tuple[float, float] | None = None,
+        extensions: tuple[str, ...] | None = None,
     ) -> None:
-        super().__init__(root, color, decode_min_side)
+        super().__init__(root, color, decode_min_side, channels=channels, value_range=value_range)
+        if extensions is None:
+            extensions = IMAGE_EXTENSIONS + ((".npy",) if color == UNCHANGED else ())
         if not os.path.isdir(self.root):
             what = "is not a folder" if os.path.exists(self.root) else "does not exist"
             raise FileNotFoundError(

@@ -3,6 +3,7 @@
 import csv
 import os
 from array import array
+from collections.abc import Sequence
 
 from mmengine.registry import DATASETS
 
@@ -20,8 +21,11 @@ class ImageList(FileSource):
     Args:
         path (str): The list.
         root (str | None): Folder that relative paths start from; None: the folder of the list.
-        color (str): ``'rgb'`` or ``'gray'`` (one channel).
-        decode_min_side (int | None): See :class:`~dinov3_mm.datasets.sources.ImageFolder`.
+        color (str): ``'rgb'``, ``'gray'`` or ``'unchanged'``, see
+            :class:`~dinov3_mm.datasets.sources.ImageFolder`.
+        decode_min_side (int | None): See there.
+        channels (Sequence[int] | None): See there.
+        value_range (tuple[float, float] | None): See there.
 
     Raises:
         FileNotFoundError: If the list does not exist.
@@ -35,12 +39,14 @@ class ImageList(FileSource):
         *,
         color: str = "rgb",
         decode_min_side: int | None = None,
+        channels: Sequence[int] | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> None:
         path = os.path.expanduser(path)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"image list {os.path.abspath(path)!r} does not exist")
         root = os.path.dirname(path) if root is None else root
-        super().__init__(root, color, decode_min_side)
+        super().__init__(root, color, decode_min_side, channels=channels, value_range=value_range)
         if path.lower().endswith(".csv"):
             self._read_csv(path)
         else:

@@ -1,10 +1,13 @@
 """The images of any OpenMMLab dataset."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from mmengine import fileio
 from mmengine.registry import DATASETS
 
-from dinov3_mm.datasets.sources.decode import BrokenImageError, check_color, decode_image
+from dinov3_mm.datasets.sources.decode import BrokenImageError
+from dinov3_mm.datasets.sources.pixel_format import PixelFormat
 
 
 @DATASETS.register_module()
@@ -17,7 +20,10 @@ class MMDatasetSource:
     Args:
         dataset (dict | object): Config of the dataset, or the dataset itself, with
             ``get_data_info(index)`` as MMEngine's ``BaseDataset`` has it.
-        color (str): ``'rgb'`` or ``'gray'`` (one channel).
+        color (str): ``'rgb'``, ``'gray'`` or ``'unchanged'``, see
+            :class:`~dinov3_mm.datasets.sources.ImageFolder`.
+        channels (Sequence[int] | None): See there.
+        value_range (tuple[float, float] | None): See there.
         backend_args (dict | None): Passed on to :func:`mmengine.fileio.get`.
 
     Raises:
@@ -26,10 +32,16 @@ class MMDatasetSource:
     """
 
     def __init__(
-        self, dataset: dict | object, *, color: str = "rgb", backend_args: dict | None = None
+        self,
+        dataset: dict | object,
+        *,
+        color: str = "rgb",
+        channels: Sequence[int] | None = None,
+        value_range: tuple[float, float] | None = None,
+        backend_args: dict | None = None,
     ) -> None:
         self.dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
-        self.color = check_color(color)
+        self.format = PixelFormat(color, channels=channels, value_range=value_range)
         self.backend_args = backend_args
         name = type(self.dataset).__name__
         if not hasattr(self.dataset, "get_data_info"):
@@ -55,13 +67,13 @@ class MMDatasetSource:
         return self.dataset.get_data_info(index)["img_path"]
 
     def load_image(self, index: int) -> np.ndarray:
-        """``(H, W, 3)`` or ``(H, W, 1)`` uint8 image; BrokenImageError if it cannot be read."""
+        """``(H, W, C)`` uint8, or float32 in 0..255; BrokenImageError if it cannot be read."""
         path = self.path(index)
         try:
             data = fileio.get(path, backend_args=self.backend_args)
         except OSError as error:
             raise BrokenImageError(path, error.strerror or str(error)) from error
-        return decode_image(data, path, self.color)
+        return self.format.decode(data, path)
 
     def label(self, index: int) -> int:
         """``gt_label`` of a sample; ValueError if it has none."""

@@ -27,8 +27,10 @@ class MultiCrop:
     """Two global crops, ``num_local`` local crops and, on request, two Gram-teacher crops.
 
     Order of the operations on a crop: random resized crop, flip, colour jitter, grayscale, Gaussian
-    blur, and for the second global crop solarisation. For images that do not have three channels
-    the jitter changes brightness and contrast only and there is no grayscale.
+    blur, for the second global crop solarisation, and the dropping of channels. Images have any
+    number of channels, as uint8 or as float32 in 0..255, and crops have the type of their image;
+    8-bit operations round, float ones do not. For images that do not have three channels the jitter
+    changes brightness and contrast only and there is no grayscale; three channels count as RGB.
 
     Args:
         global_size (int): Side of the global crops in pixels.
@@ -53,7 +55,10 @@ class MultiCrop:
         blur_sigma (tuple[float, float]): Standard deviation in pixels, uniform.
         blur_kernel (int): Side of the blur kernel, odd.
         solarize_prob (float): Probability for the second global crop.
-        solarize_threshold (int): First inverted value.
+        solarize_threshold (int): First inverted value, on the scale 0..255.
+        channel_drop_prob (float): Probability for each channel of each crop to be set to 0; one
+            channel at least stays. For models that must cope with missing bands. Gram-teacher
+            crops without distortions keep all channels.
         share_color_jitter (bool): Draw jitter and grayscale once and apply them to the whole image
             before cropping, so that all crops of an image share their colours.
         local_from_global (bool): Cut the local crops as windows from the global crops, half of
@@ -83,6 +88,7 @@ class MultiCrop:
         blur_kernel: int = 9,
         solarize_prob: float = 0.2,
         solarize_threshold: int = 128,
+        channel_drop_prob: float = 0.0,
         share_color_jitter: bool = False,
         local_from_global: bool = False,
     ) -> None:
@@ -105,6 +111,7 @@ class MultiCrop:
         self.blur_kernel = blur_kernel
         self.solarize_prob = _probability("solarize_prob", solarize_prob)
         self.solarize_threshold = solarize_threshold
+        self.channel_drop_prob = _probability("channel_drop_prob", channel_drop_prob)
         self.share_color_jitter = share_color_jitter
         self.local_from_global = local_from_global
         if local_from_global:
@@ -127,7 +134,9 @@ class MultiCrop:
                 f"global_size={self.global_size} and local_size={self.local_size}"
             )
 
-    def draw(self, height: int, width: int, rng: np.random.Generator) -> MultiCropParams:
+    def draw(
+        self, height: int, width: int, rng: np.random.Generator, num_channels: int = 3
+    ) -> MultiCropParams:
         """Decide everything random for an image of ``height x width`` pixels."""
         uniform = Uniforms(rng)
         shared = self._draw_colors(uniform) if self.share_color_jitter else Distortion()
@@ -135,7 +144,9 @@ class MultiCrop:
             CropParams(
                 draw_resized_crop(height, width, self.global_scale, self.ratio, uniform),
                 uniform() < self.flip_prob,
-                self._draw_distortion(uniform, self.blur_probs[index], solarize=index == 1),
+                self._draw_distortion(
+                    uniform, num_channels, self.blur_probs[index], solarize=index == 1
+                ),
             )
             for index in range(2)
         ]
@@ -147,7 +158,7 @@ class MultiCrop:
             else:
                 base, flip = None, uniform() < self.flip_prob
                 box = draw_resized_crop(height, width, self.local_scale, self.ratio, uniform)
-            distortion = self._draw_distortion(uniform, self.blur_probs[2])
+            distortion = self._draw_distortion(uniform, num_channels, self.blur_probs[2])
             local_crops.append(CropParams(box, flip, distortion, base))
         return MultiCropParams(global_crops, local_crops, shared)
 
@@ -161,7 +172,7 @@ class MultiCrop:
         return Distortion(jitter=jitter, grayscale=uniform() < self.grayscale_prob)
 
     def _draw_distortion(
-        self, uniform: Uniforms, blur_prob: float, solarize: bool = False
+        self, uniform: Uniforms, num_channels: int, blur_prob: float, solarize: bool = False
     ) -> Distortion:
         colors = Distortion() if self.share_color_jitter else self._draw_colors(uniform)
         return Distortion(
@@ -169,7 +180,15 @@ class MultiCrop:
             grayscale=colors.grayscale,
             blur_sigma=uniform.between(*self.blur_sigma) if uniform() < blur_prob else None,
             solarize=solarize and uniform() < self.solarize_prob,
+            dropped=self._draw_dropped(uniform, num_channels) if self.channel_drop_prob else (),
         )
+
+    def _draw_dropped(self, uniform: Uniforms, num_channels: int) -> tuple[int, ...]:
+        channels = range(num_channels)
+        dropped = [channel for channel in channels if uniform() < self.channel_drop_prob]
+        if len(dropped) == num_channels:
+            dropped.remove(uniform.below(num_channels))
+        return tuple(dropped)
 
     def apply(self, image: np.ndarray, params: MultiCropParams) -> dict[str, list[np.ndarray]]:
         """Make the crops that ``params`` describe; see :meth:`__call__`."""
@@ -190,23 +209,23 @@ class MultiCrop:
         """Augment one image.
 
         Args:
-            image (np.ndarray): ``(H, W, C)`` uint8, RGB when ``C = 3``.
+            image (np.ndarray): ``(H, W, C)`` uint8, or float32 in 0..255; RGB when ``C = 3``.
             rng (np.random.Generator): Source of every draw.
 
         Returns:
             dict: ``global_crops`` (2 arrays ``(C, S, S)``), ``local_crops`` (``num_local`` arrays
             ``(C, s, s)``) and, with ``gram_size``, ``gram_crops`` (2 arrays ``(C, Sg, Sg)``);
-            uint8, or float32 as told under ``gram_no_distortions``.
+            of the image's type, or float32 as told under ``gram_no_distortions``.
 
         Raises:
-            TypeError: If the image is not a three-dimensional uint8 array.
+            TypeError: If the image is no such array.
         """
-        if image.ndim != 3 or image.dtype != np.uint8:
+        if image.ndim != 3 or image.dtype not in (np.uint8, np.float32):
             raise TypeError(
-                "MultiCrop needs a uint8 array of shape (height, width, channels), got "
-                f"{image.dtype} of shape {image.shape}"
+                "MultiCrop needs an array of shape (height, width, channels), uint8 or float32 in "
+                f"0..255, got {image.dtype} of shape {image.shape}"
             )
-        return self.apply(image, self.draw(image.shape[0], image.shape[1], rng))
+        return self.apply(image, self.draw(*image.shape[:2], rng, image.shape[2]))
 
     def _distort(self, image: np.ndarray, distortion: Distortion) -> np.ndarray:
         return pixel_ops.distort(image, distortion, self.blur_kernel, self.solarize_threshold)

@@ -33,12 +33,14 @@ class Distortion:
         grayscale (bool): Replace the colours by luma.
         blur_sigma (float | None): Standard deviation of the Gaussian blur in pixels.
         solarize (bool): Invert the values from the threshold on.
+        dropped (tuple[int, ...]): Channels that are set to 0.
     """
 
     jitter: tuple[tuple[str, float], ...] = ()
     grayscale: bool = False
     blur_sigma: float | None = None
     solarize: bool = False
+    dropped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
