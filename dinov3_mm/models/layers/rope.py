@@ -134,16 +134,23 @@ class RotaryEmbedding2D(nn.Module):
 
     def _coordinates(self, height: int, width: int) -> Tensor:
         """Patch centres (height * width, 2) as (y, x), normalised to [-1, 1]."""
-        kwargs = {"dtype": self.dtype, "device": self.periods.device}
-        divisors = {
-            "separate": (height, width),
-            "max": (max(height, width),) * 2,
-            "min": (min(height, width),) * 2,
-        }[self.normalize_coords]
-        y = torch.arange(0.5, height, **kwargs) / divisors[0]
-        x = torch.arange(0.5, width, **kwargs) / divisors[1]
+        y, x = self._centres(height), self._centres(width)
+        if self.normalize_coords == "separate":
+            y, x = y / height, x / width
+        else:
+            # Unlike max and min these also take the symbolic sizes of a traced graph.
+            choose = torch.sym_max if self.normalize_coords == "max" else torch.sym_min
+            y, x = y / choose(height, width), x / choose(height, width)
         grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
         return 2.0 * grid.flatten(0, 1) - 1.0
+
+    def _centres(self, side: int) -> Tensor:
+        """Patch centres 0.5, 1.5, ... below ``side``."""
+        if torch.compiler.is_exporting():
+            # Of a range of whole numbers torch.export knows the length when ``side`` is symbolic.
+            whole = torch.arange(side, dtype=torch.float32, device=self.periods.device)
+            return (whole + 0.5).to(self.dtype)
+        return torch.arange(0.5, side, dtype=self.dtype, device=self.periods.device)
 
     def _augment(self, coordinates: Tensor) -> Tensor:
         def draw(size: int, bound: float) -> Tensor:

@@ -42,6 +42,13 @@ def rotate_packed_qkv(
     ]
 
 
+def split_packed_qkv(
+    qkv: Tensor, num_heads: int, shapes: list[SequenceShape]
+) -> list[QueryKeyValue]:
+    """:func:`rotate_packed_qkv` without a rotation, for models without RoPE."""
+    return [entry.permute(2, 0, 3, 1, 4).unbind() for entry in _split_heads(qkv, num_heads, shapes)]
+
+
 class _RotatePackedQKV(torch.autograd.Function):
     """Saves only the tables, and writes the gradients of q, k and v straight into one matrix."""
 
@@ -140,5 +147,6 @@ def _add_product_(out: Tensor, x: Tensor, table: Tensor, sign: int) -> None:
 
 def _align(x: Tensor, sin: Tensor, cos: Tensor) -> tuple[int, Tensor, Tensor]:
     """Number of leading tokens without a position, and tables that broadcast against the rest."""
-    shape = (len(sin), *[1] * (x.dim() - 3), sin.shape[1])
-    return x.shape[1] - len(sin), sin.view(shape), cos.view(shape)
+    num_patches, half_dims = sin.shape
+    shape = (num_patches, *[1] * (x.dim() - 3), half_dims)
+    return x.shape[1] - num_patches, sin.view(shape), cos.view(shape)
