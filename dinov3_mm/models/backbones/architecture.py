@@ -44,6 +44,27 @@ def resolve_arch(
     return settings
 
 
+def settle_transformer(settings: dict[str, Any], ffn_layers: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of a ViT after the checks that all families have in common.
+
+    Args:
+        settings: result of :func:`resolve_arch`.
+        ffn_layers: feed-forwards that the family knows.
+
+    Raises:
+        ValueError: for another feed-forward, or heads that do not divide the width.
+    """
+    settings["layer_scale_init_value"] = float(settings["layer_scale_init_value"] or 0)
+    if settings["ffn_layer"] not in ffn_layers:
+        raise ValueError(f"ffn_layer is {settings['ffn_layer']!r}; expected one of {ffn_layers}")
+    if settings["embed_dims"] % settings["num_heads"]:
+        raise ValueError(
+            f"embed_dims {settings['embed_dims']} is not a multiple of "
+            f"num_heads {settings['num_heads']}"
+        )
+    return settings
+
+
 def _check_keys(
     arch: Mapping[str, Any], sizes: tuple[str, ...], defaults: Mapping[str, Any]
 ) -> None:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from .architecture import resolve_arch
+from .architecture import resolve_arch, settle_transformer
+
+_FFN_LAYERS = ("mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128")
 
 # What every released ViT has in common.
 VIT_DEFAULTS: dict[str, Any] = {
@@ -89,10 +91,4 @@ def resolve_vit_arch(arch: str | dict[str, Any], overrides: dict[str, Any]) -> d
         overrides=overrides,
         exclusive=(("rope_base",), ("rope_min_period", "rope_max_period")),
     )
-    settings["layer_scale_init_value"] = float(settings["layer_scale_init_value"] or 0)
-    if settings["embed_dims"] % settings["num_heads"]:
-        raise ValueError(
-            f"embed_dims {settings['embed_dims']} is not a multiple of "
-            f"num_heads {settings['num_heads']}"
-        )
-    return settings
+    return settle_transformer(settings, _FFN_LAYERS)

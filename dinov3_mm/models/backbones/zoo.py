@@ -9,6 +9,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
 _DINOV3_LICENCE = "DINOv3 License"
+_DINOV2_ADDRESS = "https://dl.fbaipublicfiles.com/dinov2"
 
 
 class ZooRow(NamedTuple):
@@ -28,6 +29,7 @@ class ZooRow(NamedTuple):
         gmacs: multiplications with addition per 224 px image, in units of 1e9: convolutions,
             matrix products and attention.
         released: whether the file can be had from its publisher.
+        url: address of the file where it is public; None where access must be asked for.
     """
 
     backbone: str
@@ -44,6 +46,7 @@ class ZooRow(NamedTuple):
     num_params: int
     gmacs: float
     released: bool
+    url: str | None = None
 
 
 def _dinov3(
@@ -90,6 +93,31 @@ def _convnext(arch: str, digits: str, num_params: int, gmacs: float) -> tuple[st
     return _dinov3("DINOv3ConvNeXt", arch, token, digits, timm, num_params, gmacs)
 
 
+def _dinov2(arch: str, letter: str, num_params: int, gmacs: float) -> tuple[str, ZooRow]:
+    size, _, registers = arch.partition("_")
+    token = f"dinov2_vit{letter}14"
+    file = f"{token}{'_reg4' if registers else ''}_pretrain.pth"
+    name = f"{token}_reg" if registers else token
+    row = ZooRow(
+        backbone="DINOv2ViT",
+        arch=arch,
+        official_name=name,
+        data="LVD-142M",
+        file=file,
+        sha256_prefix=None,
+        hf_id=f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
+        timm_name=f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        licence="Apache-2.0",
+        num_params=num_params,
+        gmacs=gmacs,
+        released=True,
+        url=f"{_DINOV2_ADDRESS}/{token}/{file}",
+    )
+    return name, row
+
+
 def _unreleased(arch: str, name: str, num_params: int, gmacs: float) -> tuple[str, ZooRow]:
     row = ZooRow(
         backbone="DINOv3ViT",
@@ -125,6 +153,14 @@ ZOO: dict[str, ZooRow] = dict(
         _convnext("small", "296db49d", 49_454_688, 8.68),
         _convnext("base", "801f2ba9", 87_566_464, 15.35),
         _convnext("large", "61fa432d", 196_230_336, 34.36),
+        _dinov2("small", "s", 22_056_576, 6.12),
+        _dinov2("base", "b", 86_580_480, 23.16),
+        _dinov2("large", "l", 304_368_640, 81.01),
+        _dinov2("giant", "g", 1_136_480_768, 299.39),
+        _dinov2("small_reg", "s", 22_058_112, 6.23),
+        _dinov2("base_reg", "b", 86_583_552, 23.54),
+        _dinov2("large_reg", "l", 304_372_736, 82.32),
+        _dinov2("giant_reg", "g", 1_136_486_912, 304.17),
         _unreleased("tiny", "dinov3_vitt16", 5_492_160, 1.28),
         _unreleased("so400m", "dinov3_vitso400m16", 415_411_200, 85.91),
         _unreleased("huge2", "dinov3_vithuge2_16", 630_754_560, 129.96),

@@ -3,11 +3,13 @@
 from .attention import ATTN_BACKENDS, MaskedKBiasLinear, SelfAttention
 from .block import Block, ImageSubset, LayerScale, draw_subset
 from .convnext_block import ConvNeXtBlock, PatchConv2d
-from .feed_forward import FFN_LAYERS, Mlp, SwiGLU, build_ffn, ffn_hidden_dims
+from .feed_forward import FFN_LAYERS, FusedSwiGLU, Mlp, SwiGLU, build_ffn, ffn_hidden_dims
+from .linear import Linear
 from .norm import NORM_LAYERS, LayerNorm, RMSNorm, build_norm
 from .patch_embed import PatchEmbed
+from .position_embedding import resample_position_embedding
 from .rope import RopeTables, RotaryEmbedding2D
-from .rotation import SequenceShape, rotate_packed_qkv
+from .rotation import SequenceShape, rotate_packed_qkv, split_packed_qkv
 
 __all__ = [
     "ATTN_BACKENDS",
@@ -15,9 +17,11 @@ __all__ = [
     "NORM_LAYERS",
     "Block",
     "ConvNeXtBlock",
+    "FusedSwiGLU",
     "ImageSubset",
     "LayerNorm",
     "LayerScale",
+    "Linear",
     "MaskedKBiasLinear",
     "Mlp",
     "PatchConv2d",
@@ -32,5 +36,7 @@ __all__ = [
     "build_norm",
     "draw_subset",
     "ffn_hidden_dims",
+    "resample_position_embedding",
     "rotate_packed_qkv",
+    "split_packed_qkv",
 ]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .dense_attention import dense_attention, prefers_dense_attention
 from .rope import RopeTables
-from .rotation import QueryKeyValue, SequenceShape, rotate_packed_qkv
+from .rotation import QueryKeyValue, SequenceShape, rotate_packed_qkv, split_packed_qkv
 
 ATTN_BACKENDS = ("auto", "sdpa", "xformers")
 
@@ -80,16 +80,21 @@ class SelfAttention(nn.Module):
             self.qkv = nn.Linear(dims, 3 * dims, bias=qkv_bias)
         self.proj = nn.Linear(dims, dims, bias=proj_bias)
 
-    def forward(self, x: Tensor, shapes: list[SequenceShape], tables: list[RopeTables]) -> Tensor:
+    def forward(
+        self, x: Tensor, shapes: list[SequenceShape], tables: list[RopeTables] | None
+    ) -> Tensor:
         """Attend within each image.
 
         Args:
             x: packed tokens (sum of images * tokens, D).
             shapes: (images, tokens) of each packed entry.
-            tables: RoPE sine and cosine of each entry.
+            tables: RoPE sine and cosine of each entry; None for no rotation.
         """
         qkv = self.qkv(x)
-        entries = rotate_packed_qkv(qkv, self.num_heads, shapes, tables)
+        if tables is None:
+            entries = split_packed_qkv(qkv, self.num_heads, shapes)
+        else:
+            entries = rotate_packed_qkv(qkv, self.num_heads, shapes, tables)
         attend = attend_block_diagonal if self._use_xformers(x, shapes) else attend_per_entry
         return self.proj(attend(entries))
 

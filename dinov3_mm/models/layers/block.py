@@ -107,7 +107,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         shapes: list[SequenceShape],
-        tables: list[RopeTables],
+        tables: list[RopeTables] | None,
         attn_subset: ImageSubset | None = None,
         ffn_subset: ImageSubset | None = None,
     ) -> Tensor:
@@ -116,7 +116,7 @@ class Block(nn.Module):
         Args:
             x: packed tokens (sum of images * tokens, D).
             shapes: (images, tokens) of each packed entry.
-            tables: RoPE sine and cosine of each entry.
+            tables: RoPE sine and cosine of each entry; None without RoPE.
             attn_subset, ffn_subset: images that take part in each branch; None means all.
         """
         if attn_subset is None:

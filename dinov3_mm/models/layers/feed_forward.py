@@ -1,4 +1,4 @@
-"""The two feed-forward networks of the ViT: GELU MLP and SwiGLU."""
+"""The feed-forward networks of the ViT: GELU MLP and SwiGLU."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,8 +31,28 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
+class FusedSwiGLU(nn.Module):
+    """:class:`SwiGLU` with one matrix for both halves: ``w3(silu(a) * b)``, (a, b) = ``w12(x)``."""
+
+    def __init__(self, dims: int, hidden_dims: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dims, 2 * hidden_dims, bias=bias)
+        self.w3 = nn.Linear(hidden_dims, dims, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., D) to (..., D)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
 # SwiGLU widths are rounded up to a multiple of this.
-_SWIGLU_ALIGNMENT = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
+_SWIGLU_ALIGNMENT = {
+    "swiglu": 8,
+    "swiglu32": 32,
+    "swiglu64": 64,
+    "swiglu128": 128,
+    "swiglufused": 8,
+}
 FFN_LAYERS = ("mlp", *_SWIGLU_ALIGNMENT)
 
 
@@ -57,6 +77,6 @@ def ffn_hidden_dims(name: str, dims: int, ratio: float) -> int:
 
 
 def build_ffn(name: str, dims: int, ratio: float, *, bias: bool = True) -> nn.Module:
-    """Build the feed-forward ``name`` ('mlp', 'swiglu', 'swiglu32', 'swiglu64', 'swiglu128')."""
-    layer = Mlp if name == "mlp" else SwiGLU
+    """Build the feed-forward ``name``, one of :data:`FFN_LAYERS`."""
+    layer = {"mlp": Mlp, "swiglufused": FusedSwiGLU}.get(name, SwiGLU)
     return layer(dims, ffn_hidden_dims(name, dims, ratio), bias=bias)
