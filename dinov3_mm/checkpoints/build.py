@@ -42,6 +42,7 @@ def build_backbone(
     periods: str = "file",
     reset_bias_mask: bool = False,
     allow_partial: bool = False,
+    inflate: str | None = None,
     **overrides: Any,
 ) -> BaseModule:
     """Build a backbone in eval mode.
@@ -56,6 +57,8 @@ def build_backbone(
         reset_bias_mask: see :func:`load_weights`.
         allow_partial: load the tensors that fit and initialise the others randomly; the logged line
             names them.
+        inflate: with ``in_channels=...`` in the overrides: rule by which the weights are adapted
+            to that number of image channels; see :func:`load_backbone_weights`.
         **overrides: arguments of the backbone, e.g. ``out_indices``.
 
     Raises:
@@ -64,20 +67,21 @@ def build_backbone(
         ValueError: If the name is unknown, or the weights cannot be read or do not fit.
     """
     options = {"periods": periods, "reset_bias_mask": reset_bias_mask}
+    installing = {"allow_partial": allow_partial, "inflate": inflate}
     row = _row(str(name_or_file))
     if row is not None:
         if weights is None and reset_bias_mask:
             raise ValueError("reset_bias_mask=True needs weights; a fresh backbone has 1/0/1")
-        return _from_name(row.backbone, row.arch, weights, options, allow_partial, overrides)
+        if weights is None and inflate is not None:
+            raise ValueError(f"inflate={inflate!r} adapts weights; give weights, or leave it out")
+        return _from_name(row.backbone, row.arch, weights, options, installing, overrides)
     _check_file(name_or_file)
     if weights is not None:
         raise ValueError(
             f"{name_or_file} is a weight file already; pass a name to load other weights {weights}"
         )
     checkpoint = load_weights(name_or_file, **options)
-    return build_from_checkpoint(
-        checkpoint, checkpoint.arch, allow_partial=allow_partial, **overrides
-    )
+    return build_from_checkpoint(checkpoint, checkpoint.arch, **installing, **overrides)
 
 
 def _row(name: str) -> ZooRow | None:
@@ -103,7 +107,7 @@ def _from_name(
     arch: str,
     weights: str | os.PathLike | None,
     options: dict[str, Any],
-    allow_partial: bool,
+    installing: dict[str, Any],
     overrides: dict[str, Any],
 ) -> BaseModule:
     if weights is None:
@@ -117,7 +121,7 @@ def _from_name(
     untie = "untie_global_and_local_cls_norm"
     if untie in settings and "local_cls_norm.weight" in checkpoint.state_dict:
         overrides = {untie: True, **overrides}
-    return build_from_checkpoint(checkpoint, arch, allow_partial=allow_partial, **overrides)
+    return build_from_checkpoint(checkpoint, arch, **installing, **overrides)
 
 
 def build_from_checkpoint(
@@ -125,13 +129,14 @@ def build_from_checkpoint(
     arch: str | dict[str, Any],
     *,
     allow_partial: bool = False,
+    inflate: str | None = None,
     **overrides: Any,
 ) -> BaseModule:
     """Build a backbone of architecture ``arch`` with loaded weights; see :func:`build_backbone`."""
     module = _build(checkpoint.layout.family.backbone, arch, overrides)
     if allow_partial:
         module.init_weights()
-    install_weights(module, checkpoint, allow_partial=allow_partial)
+    install_weights(module, checkpoint, allow_partial=allow_partial, inflate=inflate)
     return module.eval()
 
 

@@ -6,6 +6,7 @@ from mmengine.model import update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 
+from .inflation import check_rule
 from .installing import load_backbone_weights
 
 
@@ -20,8 +21,11 @@ class DINOv3Pretrained:
         periods: 'file' or 'exact'; see :func:`load_weights`.
         allow_partial: load the tensors that fit; the others keep the backbone's own
             initialisation.
+        inflate: 'mean', 'repeat', 'zero' or 'append_mean' to adapt weights for another number of
+            image channels; see :mod:`~dinov3_mm.checkpoints.inflation`.
 
     Raises:
+        ValueError: If ``inflate`` is no such rule.
         FileNotFoundError: On use, if nothing is there.
         ValueError: On use, if the weights cannot be read or do not fit the backbone.
 
@@ -36,11 +40,14 @@ class DINOv3Pretrained:
         reset_bias_mask: bool = False,
         periods: str = "file",
         allow_partial: bool = False,
+        inflate: str | None = None,
     ) -> None:
+        check_rule(inflate)
         self.checkpoint = checkpoint
         self.reset_bias_mask = reset_bias_mask
         self.periods = periods
         self.allow_partial = allow_partial
+        self.inflate = inflate
 
     def __call__(self, module: nn.Module) -> None:
         """Load the weights into ``module``; all of it or nothing, unless partial."""
@@ -50,6 +57,7 @@ class DINOv3Pretrained:
             periods=self.periods,
             reset_bias_mask=self.reset_bias_mask,
             allow_partial=self.allow_partial,
+            inflate=self.inflate,
         )
         # MMEngine lists this for every parameter when a whole model is initialised.
         if hasattr(module, "_params_init_info"):

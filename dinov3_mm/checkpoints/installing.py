@@ -8,6 +8,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from .inflation import check_rule, inflate_first_layer, inflation_hint
 from .loading import ForeignCheckpoint, load_weights
 from .report import LoadReport, shortened
 
@@ -23,6 +24,7 @@ def load_backbone_weights(
     periods: str = "file",
     reset_bias_mask: bool = False,
     allow_partial: bool = False,
+    inflate: str | None = None,
 ) -> LoadReport:
     """Load weights of any known format into a backbone, strictly, and log one line about it.
 
@@ -33,24 +35,32 @@ def load_backbone_weights(
         reset_bias_mask: see :func:`load_weights`.
         allow_partial: load the tensors that fit and leave the others of the backbone as they are.
             The line names what is missing, unexpected or of another shape.
+        inflate: rule of :mod:`~dinov3_mm.checkpoints.inflation` by which weights for another
+            number of image channels are adapted: 'mean', 'repeat', 'zero' or 'append_mean'.
 
     Raises:
         FileNotFoundError: If nothing is there.
         ValueError: If the weights cannot be read, or do not fit the backbone tensor by tensor (with
             ``allow_partial``: if none fits). The backbone is then untouched.
     """
+    check_rule(inflate)
     checkpoint = load_weights(
         path, periods=periods, reset_bias_mask=reset_bias_mask, arch=module.arch_settings
     )
-    return install_weights(module, checkpoint, allow_partial=allow_partial)
+    return install_weights(module, checkpoint, allow_partial=allow_partial, inflate=inflate)
 
 
 def install_weights(
-    module: nn.Module, checkpoint: ForeignCheckpoint, *, allow_partial: bool = False
+    module: nn.Module,
+    checkpoint: ForeignCheckpoint,
+    *,
+    allow_partial: bool = False,
+    inflate: str | None = None,
 ) -> LoadReport:
     """Copy loaded weights into a backbone after all of them have been checked.
 
-    ``local_cls_norm`` may be absent on either side: it is dropped, or made up from ``norm``.
+    ``local_cls_norm`` may be absent on either side: it is dropped, or made up from ``norm``. For
+    ``allow_partial`` and ``inflate`` see :func:`load_backbone_weights`.
 
     Raises:
         ValueError: If names or shapes differ (with ``allow_partial``: if nothing fits); the
@@ -60,6 +70,8 @@ def install_weights(
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("the backbone is on the meta device; give it storage (to_empty) first")
     state_dict, notes = _settle_local_norm(checkpoint.state_dict, target)
+    state_dict, inflation = inflate_first_layer(state_dict, target, inflate)
+    notes += inflation
     differences = _compare(state_dict, target)
     fitting = {
         name: tensor
@@ -100,6 +112,7 @@ def _refusal(
     mismatch = checkpoint.layout.family.describe_mismatch(
         checkpoint.state_dict, module.arch_settings
     )
+    advice = inflation_hint(state_dict, target)
     return "\n  ".join(
         (
             f"the weights in {checkpoint.report.source} ({checkpoint.report.layout}) do "
@@ -110,6 +123,7 @@ def _refusal(
                 if names
             ),
             f"architecture: {mismatch or 'the same in the file as asked for'}",
+            *((advice,) if advice else ()),
         )
     )
 

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..models.backbones.zoo import ZOO
+from ..suggest import hint
 from .download import local_path
 from .safetensors_file import read_export_header
 from .source import read_config, read_json
 
 
 class Statistics(NamedTuple):
-    """Mean and standard deviation of RGB images in [0, 1].
+    """Mean and standard deviation of images in [0, 1].
 
     Attributes:
-        mean: per channel.
+        mean: per channel; red, green, blue for the released models.
         std: per channel.
         name: of the pretraining data, 'LVD-1689M' or 'SAT-493M', or 'custom'.
     """
@@ -30,6 +31,18 @@ _BY_TAG = {
     for row in ZOO.values()
     if row.data
 }
+
+
+def statistics_of_data(name: str) -> Statistics:
+    """Statistics of the released models by the name of their pretraining data.
+
+    Raises:
+        ValueError: If no released model was trained on such data.
+    """
+    known = {statistics.name: statistics for statistics in _BY_TAG.values()}
+    if name not in known:
+        raise ValueError(f"no released model was trained on {name!r}; {hint(str(name), known)}")
+    return known[name]
 
 
 def named_statistics(mean: Any, std: Any) -> Statistics:
@@ -64,10 +77,14 @@ def read_statistics(path: str | os.PathLike) -> Statistics:
 
 def find_statistics(path: Path) -> Statistics | None:
     """As :func:`read_statistics`, but None where nothing states the normalisation."""
-    stated = read_export_header(path).get("statistics") if path.is_file() else None
+    header = read_export_header(path) if path.is_file() else {}
+    stated = header.get("statistics")
     if stated is not None:
         return named_statistics(stated["mean"], stated["std"])
-    return _tagged(path) or _configured(path if path.is_dir() else path.parent)
+    found = _tagged(path) or _configured(path if path.is_dir() else path.parent)
+    channels = header.get("arch", {}).get("in_channels")
+    # An export for other channels may keep the name of the RGB weights that it came from.
+    return found if found and channels in (None, len(found.mean)) else None
 
 
 def _tagged(path: Path) -> Statistics | None:
