@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .io import atomic_write
+from .lora import merged_state_dict, unwrap_lora
 from .safetensors_file import EXPORT_KEY, FORMAT_VERSION, read_export_header
 from .selecting import HEADS
 
@@ -31,7 +32,8 @@ def export_backbone(
     or not at all.
 
     Args:
-        backbone: backbone of this project.
+        backbone: backbone of this project; the adapters of one inside mmpretrain's ``LoRAModel``
+            are folded into the weights of the file.
         path: target, ending in ``.safetensors``.
         metadata: ``statistics`` (``mean`` and ``std`` of images in [0, 1]) and ``provenance`` (any
             JSON, e.g. the iteration and the data); both may be left out.
@@ -49,13 +51,13 @@ def export_backbone(
     unknown_heads = sorted(set(heads or {}) - set(HEADS))
     if unknown_heads:
         raise ValueError(f"unknown heads {unknown_heads}; expected {' and '.join(HEADS)}")
-    header = _header(backbone, metadata or {})
+    header = _header(unwrap_lora(backbone), metadata or {})
     prefix = "backbone." if heads else ""
     parts = {prefix: backbone, **{f"{name}.": head for name, head in (heads or {}).items()}}
     tensors = {
         start + name: _storable(tensor)
         for start, module in parts.items()
-        for name, tensor in module.state_dict().items()
+        for name, tensor in merged_state_dict(module).items()
     }
     with atomic_write(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt", EXPORT_KEY: json.dumps(header)})
