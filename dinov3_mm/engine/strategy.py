@@ -13,11 +13,15 @@ from mmengine.registry import STRATEGIES
 from torch import nn
 
 import dinov3_mm
+from dinov3_mm.datasets.randomness import torch_seed
 from dinov3_mm.engine.runner.training_state import (
     load_model_state,
     read_training_state,
     write_training_state,
 )
+
+# Iteration whose random numbers initialise the model.
+BEFORE_THE_FIRST_STEP = -1
 
 
 @STRATEGIES.register_module()
@@ -32,6 +36,11 @@ class PretrainStrategy(SingleDeviceStrategy):
     def unwrapped_model(self) -> nn.Module:
         """The algorithm itself, without a distributed wrapper."""
         return self.model.module if is_model_wrapper(self.model) else self.model
+
+    def _init_model_weights(self, model: nn.Module) -> nn.Module:
+        # Building draws random numbers too, but not where a model is built without storage.
+        torch.manual_seed(torch_seed(self.seed, BEFORE_THE_FIRST_STEP))
+        return super()._init_model_weights(model)
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         return model.to(training_device())
@@ -85,6 +94,13 @@ class PretrainStrategy(SingleDeviceStrategy):
         checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
         return checkpoint
 
+    def gather_state(self) -> tuple[dict, dict]:
+        """State of the model and of the optimizer on the CPU; empty on all ranks but the first."""
+        if not is_main_process():
+            return {}, {}
+        tensors = self.unwrapped_model.state_dict()
+        return {key: value.cpu() for key, value in tensors.items()}, self.optim_state_dict()
+
     def save_checkpoint(
         self,
         filename: str,
@@ -93,7 +109,7 @@ class PretrainStrategy(SingleDeviceStrategy):
         callback: Callable[[dict], None] | None = None,
         **_,
     ) -> None:
-        """Write model, optimizer and meta data from the main process.
+        """Write model, optimizer and meta data from the main process; all ranks must call this.
 
         Args:
             filename (str): Target; it appears when the file is complete.
@@ -104,9 +120,9 @@ class PretrainStrategy(SingleDeviceStrategy):
         Raises:
             TypeError: If a hook added something that is neither a tensor nor a plain value.
         """
+        tensors, optimizer = self.gather_state()
         if not is_main_process():
             return
-        tensors = self.unwrapped_model.state_dict()
         state = {
             "meta": {
                 **(extra_ckpt or {}).get("meta", {}),
@@ -115,8 +131,8 @@ class PretrainStrategy(SingleDeviceStrategy):
                 "time": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "versions": library_versions(),
             },
-            "state_dict": {key: value.cpu() for key, value in tensors.items()},
-            "optimizer": self.optim_state_dict(),
+            "state_dict": tensors,
+            "optimizer": optimizer,
         }
         if callback is not None:
             callback(state)

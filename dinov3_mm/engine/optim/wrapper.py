@@ -6,8 +6,11 @@ import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+
+from dinov3_mm.checkpoints.sharding import shard_like
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -21,6 +24,10 @@ class PretrainOptimWrapper(OptimWrapper):
     stay as they were. A non-finite loss sends NaN into its own backward pass, so that after the
     gradients are reduced every rank sees it in the norms and all ranks skip together.
 
+    The parameters of a sub-module in :attr:`frozen` lose their gradient before the step, so that
+    the optimizer passes over them: no update, no weight decay, no moments. The first step after a
+    thaw therefore starts with fresh moments and bias correction.
+
     Args:
         optimizer: A torch optimizer with a fused kernel, built with ``fused=True``, which can be
             told on the device to leave everything as it is.
@@ -28,6 +35,7 @@ class PretrainOptimWrapper(OptimWrapper):
         clip_grad: Largest gradient norm of a sub-module; ``None`` to clip nothing.
 
     Attributes:
+        frozen: Names of the sub-modules that the coming steps leave alone.
         step_skipped: Whether the last step was skipped: a bool tensor on the parameters' device,
             or ``None`` before the first step.
         step_metrics: Of the last step, as device scalars: ``grad_norm/<submodule>`` before
@@ -53,6 +61,7 @@ class PretrainOptimWrapper(OptimWrapper):
             raise ValueError(f"clip_grad must be positive or None, given {clip_grad}")
         super().__init__(optimizer, accumulative_counts=accumulative_counts)
         self.clip_grad = clip_grad
+        self.frozen: frozenset[str] = frozenset()
         self.step_skipped: Tensor | None = None
         self.step_metrics: dict[str, Tensor] = {}
         self._params: dict[str, list[Tensor]] = {}
@@ -67,6 +76,9 @@ class PretrainOptimWrapper(OptimWrapper):
     def step(self, **kwargs) -> None:
         """Clip, and step unless a gradient norm is not finite."""
         norms = self._clip_gradients()
+        for name in self.frozen:
+            for param in self._params[name]:
+                param.grad = None
         self.step_skipped = ~torch.stack(list(norms.values())).isfinite().all()
         skipped = self.step_skipped.to(torch.float32)
         self.optimizer.found_inf = skipped
@@ -83,7 +95,7 @@ class PretrainOptimWrapper(OptimWrapper):
             params = [param for param in params if param.grad is not None]
             if not params:
                 continue
-            norms[name] = get_total_norm([param.grad for param in params])
+            norms[name] = _over_ranks(get_total_norm([param.grad for param in params]))
             if self.clip_grad is not None and not _is_known_to_fit(norms[name], self.clip_grad):
                 clip_grads_with_norm_(params, self.clip_grad, norms[name])
         return norms
@@ -109,11 +121,31 @@ class PretrainOptimWrapper(OptimWrapper):
                 f"missing {sorted(ids.keys() - saved.keys())[:5]}, "
                 f"unexpected {sorted(saved.keys() - ids.keys())[:5]}; load the weights only"
             )
+        params = {
+            name: param
+            for group in self.optimizer.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        }
         states = state_dict["state"]
         own["state"] = {
-            ids[name]: states[saved_id] for name, saved_id in saved.items() if saved_id in states
+            ids[name]: _state_like(states[saved_id], params[name])
+            for name, saved_id in saved.items()
+            if saved_id in states
         }
         self.optimizer.load_state_dict(own)
+
+
+def _over_ranks(norm: Tensor) -> Tensor:
+    """The norm of sharded gradients, from the norms of the shards."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _state_like(state: dict, param: Tensor) -> dict:
+    """Moments as whole tensors to what the parameter is; step counts stay."""
+    return {
+        key: shard_like(value, param) if getattr(value, "shape", None) == param.shape else value
+        for key, value in state.items()
+    }
 
 
 def _is_known_to_fit(norm: Tensor, limit: float) -> bool:

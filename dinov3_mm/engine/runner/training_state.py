@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_mm.checkpoints.io import atomic_write
+from dinov3_mm.checkpoints.sharding import shard_state
 
 FORMAT_VERSION = 1
 
@@ -38,8 +39,12 @@ def write_training_state(path: str | Path, state: dict) -> None:
         torch.save({"format_version": FORMAT_VERSION, **state}, partial)
 
 
-def read_training_state(path: str | Path) -> dict:
+def read_training_state(path: str | Path, *, mmap: bool = False) -> dict:
     """Read a training checkpoint to the CPU without executing anything in it.
+
+    Args:
+        path: The file.
+        mmap: Map the tensors instead of reading them.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -50,7 +55,7 @@ def read_training_state(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no training checkpoint at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
@@ -63,6 +68,16 @@ def read_training_state(path: str | Path) -> dict:
             "loaded with model.backbone.init_cfg=dict(type='DINOv3Pretrained', checkpoint=...)"
         )
     return state
+
+
+def read_meta(path: str | Path) -> dict:
+    """Read the ``meta`` entry of a training checkpoint; its tensors stay on disk.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As :func:`read_training_state`.
+    """
+    return read_training_state(path, mmap=True)["meta"]
 
 
 def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -90,7 +105,7 @@ def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tupl
         if state_dict[key].shape != own[key].shape
     ]
     _refuse_mismatch(expected - state_dict.keys(), state_dict.keys() - expected, misshapen)
-    model.load_state_dict(state_dict, strict=False)
+    model.load_state_dict(shard_state(state_dict, own), strict=False)
     return absent
 
 

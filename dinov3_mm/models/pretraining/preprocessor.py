@@ -42,8 +42,12 @@ class MultiCropPreprocessor(BaseDataPreprocessor):
                 "mean and std are one value per channel for images in 0..1 (divide 0..255 values "
                 f"by 255), got {list(mean)} and {list(std)}"
             )
-        scale = 1 / (255 * torch.tensor(self.statistics[1], dtype=torch.float64))
-        shift = 255 * scale * torch.tensor(self.statistics[0], dtype=torch.float64)
+        # On the CPU also where the model is built without storage.
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64, device="cpu") for values in self.statistics
+        )
+        scale = 1 / (255 * std)
+        shift = 255 * scale * mean
         self.register_buffer("scale", scale.float().view(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", shift.float().view(1, -1, 1, 1), persistent=False)
 

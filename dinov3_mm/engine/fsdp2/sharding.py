@@ -1,0 +1,109 @@
+"""How the networks of the algorithm are cut into shards with PyTorch's ``fully_shard``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+# Networks of the algorithm that run on their own; each holds a backbone and perhaps heads.
+NETWORKS = ("student", "teacher", "gram_teacher", "distillation_teacher")
+_FORWARD_METHODS = ("forward_tokens", "forward_features", "get_intermediate_layers")
+
+
+@dataclass(frozen=True)
+class ShardingPolicy:
+    """What FSDP2 is told.
+
+    Attributes:
+        param_dtype: dtype in which parameters are gathered; None keeps float32.
+        reduce_dtype: dtype in which gradients are reduced.
+        reshard_after_forward: free the gathered parameters of a block after its forward pass
+            (they are gathered again for the backward pass); False keeps them: more memory, less
+            communication.
+        num_prefetch: blocks whose parameters are gathered ahead of use.
+    """
+
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype = torch.float32
+    reshard_after_forward: bool = True
+    num_prefetch: int = 1
+
+    @property
+    def mixed_precision(self) -> MixedPrecisionPolicy:
+        # Inputs are not cast: RoPE tables and targets of the losses stay float32.
+        return MixedPrecisionPolicy(
+            param_dtype=self.param_dtype, reduce_dtype=self.reduce_dtype, cast_forward_inputs=False
+        )
+
+
+def networks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every network of the algorithm that is there."""
+    for name in NETWORKS:
+        network = getattr(model, name, None)
+        if isinstance(network, nn.Module):
+            yield name, network
+
+
+def shard_units(backbone: nn.Module) -> list[nn.Module]:
+    """Parts of a backbone that are gathered one at a time, in the order of their forward pass."""
+    if hasattr(backbone, "blocks"):
+        return list(backbone.blocks)
+    if hasattr(backbone, "downsample_layers"):
+        pairs = zip(backbone.downsample_layers, backbone.stages)
+        return [unit for pair in pairs for unit in pair]
+    return []
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, policy: ShardingPolicy) -> nn.Module:
+    """Shard every network of the algorithm over ``mesh``, in place.
+
+    A block, the rest of a backbone and a head are one unit each. A mesh of two dimensions
+    replicates over the first and shards over the second (HSDP).
+
+    Args:
+        model: the algorithm, on any device including meta.
+        mesh: one or two dimensions.
+        policy: precision, resharding, prefetching.
+    """
+    settings = {
+        "mesh": mesh,
+        "mp_policy": policy.mixed_precision,
+        "reshard_after_forward": policy.reshard_after_forward,
+    }
+    for _, network in networks_of(model):
+        for name, child in network.named_children():
+            if name == "backbone":
+                _shard_backbone(child, settings, policy.num_prefetch)
+            else:
+                fully_shard(child, **settings)
+    return model
+
+
+def _shard_backbone(backbone: nn.Module, settings: dict, num_prefetch: int) -> None:
+    units = shard_units(backbone)
+    for unit in units:
+        fully_shard(unit, **settings)
+    fully_shard(backbone, **settings)
+    for method in _FORWARD_METHODS:
+        if hasattr(backbone, method):
+            register_fsdp_forward_method(backbone, method)
+    for index, unit in enumerate(units):
+        ahead = units[index + 1 : index + 1 + num_prefetch]
+        behind = units[max(0, index - num_prefetch) : index][::-1]
+        if ahead:
+            unit.set_modules_to_forward_prefetch(ahead)
+        if behind:
+            unit.set_modules_to_backward_prefetch(behind)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Every unit of the model that FSDP2 manages."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -1,0 +1,121 @@
+"""FlexibleRunner strategy on PyTorch's ``fully_shard``."""
+
+import torch
+import torch.distributed as dist
+from mmengine.dist import is_main_process
+from mmengine.registry import MODELS, STRATEGIES
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+
+from dinov3_mm.checkpoints.sharding import gather_whole
+from dinov3_mm.datasets.randomness import torch_seed
+from dinov3_mm.engine.strategy import BEFORE_THE_FIRST_STEP, PretrainStrategy, training_device
+
+from .initialisation import WholeTensorDraws, check_initialised, materialise
+from .sharding import ShardingPolicy, shard_model, sharded_modules
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@STRATEGIES.register_module()
+class FSDP2Strategy(PretrainStrategy):
+    """Parameters, gradients and optimizer state in shards: one per rank.
+
+    Args:
+        param_dtype (str): ``'fp32'`` or ``'bf16'``: dtype in which parameters are gathered.
+        reduce_dtype (str): ``'fp32'`` or ``'bf16'``: dtype in which gradients are averaged.
+        reshard_after_forward (bool): Free gathered parameters between forward and backward pass.
+        num_replicas (int): Groups of ranks that each hold a whole copy in shards (HSDP); 1 shards
+            over all ranks.
+        num_prefetch (int): Blocks gathered ahead.
+        **kwargs: See :class:`mmengine._strategy.BaseStrategy`.
+
+    Raises:
+        ValueError: If a dtype is unknown, or the ranks cannot be cut into the replicas.
+    """
+
+    def __init__(
+        self,
+        *,
+        param_dtype: str = "fp32",
+        reduce_dtype: str = "fp32",
+        reshard_after_forward: bool = True,
+        num_replicas: int = 1,
+        num_prefetch: int = 1,
+        **kwargs,
+    ) -> None:
+        for name, value in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
+            if value not in _DTYPES:
+                raise ValueError(f"{name} must be one of {tuple(_DTYPES)}, got {value!r}")
+        super().__init__(**kwargs)
+        self.policy = ShardingPolicy(
+            param_dtype=None if param_dtype == "fp32" else _DTYPES[param_dtype],
+            reduce_dtype=_DTYPES[reduce_dtype],
+            reshard_after_forward=reshard_after_forward,
+            num_prefetch=num_prefetch,
+        )
+        self.num_replicas = num_replicas
+
+    def build_model(self, model: nn.Module | dict) -> nn.Module:
+        """Build the model without storage."""
+        if isinstance(model, nn.Module):
+            return model
+        with torch.device("meta"):
+            return MODELS.build(model)
+
+    def _init_model_weights(self, model: nn.Module) -> nn.Module:
+        return model  # after sharding, see _wrap_model
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        mesh = self._mesh()
+        shard_model(model, mesh, self.policy)
+        materialise(model, training_device())
+        torch.manual_seed(torch_seed(self.seed, BEFORE_THE_FIRST_STEP))
+        with WholeTensorDraws():
+            model.init_weights()
+        check_initialised(model)
+        local = sum(_local(p).numel() for p in model.parameters())
+        total = sum(p.numel() for p in model.parameters())
+        self.logger.info(
+            f"FSDP2: {len(sharded_modules(model))} units over {_words(mesh)}; "
+            f"{total / 1e6:.2f} M parameters, {local / 1e6:.2f} M on this rank; gathered as "
+            f"{self.policy.param_dtype or torch.float32}, reduced as {self.policy.reduce_dtype}, "
+            f"resharded after forward: {self.policy.reshard_after_forward}"
+        )
+        return model
+
+    def gather_state(self) -> tuple[dict, dict]:
+        """Whole tensors on the CPU of the first rank, one gathered at a time; all ranks call it."""
+        states = []
+        for state in (self.unwrapped_model.state_dict(), self.optim_state_dict()):
+            whole = tree_map_only(torch.Tensor, self._to_first_rank, state)
+            states.append(whole if is_main_process() else {})
+        return states[0], states[1]
+
+    def _to_first_rank(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        whole = gather_whole(tensor)
+        return whole if is_main_process() else None
+
+    def _mesh(self) -> DeviceMesh:
+        kind = training_device().type
+        if not dist.is_initialized():
+            backend = "nccl" if kind == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        ranks = dist.get_world_size()
+        if self.num_replicas < 1 or ranks % self.num_replicas:
+            raise ValueError(f"num_replicas={self.num_replicas} does not divide {ranks} ranks")
+        if self.num_replicas == 1:
+            return init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
+        shape = (self.num_replicas, ranks // self.num_replicas)
+        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _words(mesh: DeviceMesh) -> str:
+    sizes = zip(mesh.mesh_dim_names, mesh.shape)
+    return " x ".join(f"{name} {size}" for name, size in sizes) + f" ({mesh.device_type})"
