@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from mmengine.model import is_model_wrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import BaseLoop
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from dinov3_mm.datasets import build_pretrain_dataloader
 from dinov3_mm.datasets.randomness import torch_seed
 from dinov3_mm.datasets.samplers import BatchLayout
+from dinov3_mm.engine.channel_check import check_channels
 
 
 @LOOPS.register_module()
@@ -90,6 +92,7 @@ class PretrainLoop(BaseLoop):
     def run(self):
         """Train to ``max_iters`` or until a hook sets ``stop_training``; return the model."""
         runner = self.runner
+        self._check_channels()
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
         # The loader was built before the checkpoint was read, and the optimizer wrapper was told of
@@ -103,6 +106,11 @@ class PretrainLoop(BaseLoop):
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
         return runner.model
+
+    def _check_channels(self) -> None:
+        model, data = self.runner.model, self.dataloader.dataset
+        model = model.module if is_model_wrapper(model) else model
+        check_channels(model, data.num_channels, type(data.source).__name__)
 
     def _run_step(self, batches: Iterator[dict]) -> None:
         runner, index = self.runner, self._iter

@@ -71,13 +71,17 @@ def extract_features(
     backbone runs in eval mode without gradients on its own device, and its modes are restored.
 
     Args:
-        backbone: ``forward_tokens(images (B, 3, S, S)) -> object with .cls and .patches``.
-        images: (3, S, S) uint8 tensors by index, e.g. an `ImageSet`.
-        mean, std: per-channel statistics in [0, 1], those the backbone was trained with.
+        backbone: ``forward_tokens(images (B, C, S, S)) -> object with .cls and .patches``.
+        images: (C, S, S) tensors by index, uint8 or float32 in 0..255, e.g. an `ImageSet`.
+        mean, std: per-channel statistics in [0, 1], those the backbone was trained with
+            (:func:`dinov3_mm.checkpoints.read_statistics`).
         patches: also return all patch tokens (N * P * D * 4 bytes of host memory on every rank).
         batch_size: images per forward of one rank.
         num_workers: loading processes; 0 loads in this process.
         amp_dtype: autocast to this dtype (``torch.bfloat16``); None runs in the parameters' dtype.
+
+    Raises:
+        ValueError: if images, statistics and backbone are for different numbers of channels.
     """
     device = next(backbone.parameters()).device
     indices = shard_indices(len(images))
@@ -93,6 +97,7 @@ def extract_features(
     parts: list[Features] = []
     with torch.no_grad(), evaluating(backbone), autocast:
         for batch in loader:
+            _check_channels(batch, mean, std, backbone)
             batch = batch.to(device).float().sub_(offset).mul_(scale)
             tokens = backbone.forward_tokens(batch)
             features = tokens.patches.float()
@@ -105,6 +110,19 @@ def extract_features(
             )
     columns = [torch.cat(c) if c[0] is not None else None for c in zip(*parts)]
     return Features(*[None if c is None else gather_shards(c, len(images)) for c in columns])
+
+
+def _check_channels(
+    batch: Tensor, mean: Sequence[float], std: Sequence[float], backbone: nn.Module
+) -> None:
+    channels = batch.shape[1]
+    taken = getattr(backbone, "arch_settings", {}).get("in_channels", channels)
+    if not channels == len(mean) == len(std) == taken:
+        raise ValueError(
+            f"the images have {channels} channels, mean and std {len(mean)} and {len(std)} values, "
+            f"and the backbone takes {taken} channels: give the statistics that the backbone was "
+            "trained with (read_statistics(FILE)) and images of as many channels"
+        )
 
 
 def shard_indices(total: int) -> list[int]:

@@ -19,12 +19,14 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def load_image(self, index: int) -> np.ndarray:
-        """RGB image (H, W, 3) uint8."""
+        """Image (H, W, C), uint8 or float32 in 0..255; RGB for three channels."""
         ...
 
 
 class CachedImages(Dataset, ABC):
-    """(3, S, S) uint8 tensors by index, kept in memory after the first reading if asked to.
+    """(C, S, S) tensors by index, kept in memory after the first reading if asked to.
+
+    Like the source's images they are uint8, or float32 in 0..255.
 
     Subclasses define ``read(index)``. The cache fills in the process that loads: it serves loaders
     with ``num_workers=0``.
@@ -48,11 +50,11 @@ class CachedImages(Dataset, ABC):
 
     @abstractmethod
     def read(self, index: int) -> Tensor:
-        """Load and transform one image: (3, S, S) uint8."""
+        """Load and transform one image: (C, S, S)."""
 
 
 class ImageSet(CachedImages):
-    """Square evaluation inputs of a source: (3, S, S) uint8 tensors by index.
+    """Square evaluation inputs of a source: (C, S, S) uint8 or float32 tensors by index.
 
     The short side is resized to ``resize_size`` (bicubic, antialiased) and the centre
     ``image_size`` x ``image_size`` is cut out. ``resize_size`` defaults to ``image_size``, which
@@ -62,7 +64,8 @@ class ImageSet(CachedImages):
         source: images by ``load_image(i)``.
         image_size: side S of the result.
         resize_size: length of the short side before the crop, at least ``image_size``.
-        cache: keep the inputs (3 * S * S bytes each), for sets that are read many times.
+        cache: keep the inputs (C * S * S bytes each, four times that for float32), for sets that
+            are read many times.
     """
 
     def __init__(
@@ -82,8 +85,9 @@ class ImageSet(CachedImages):
             )
 
     def read(self, index: int) -> Tensor:
-        """Image (3, S, S) uint8."""
-        return self._square(to_chw(self.source.load_image(index)), InterpolationMode.BICUBIC)
+        """Image (C, S, S), uint8 or float32 in 0..255."""
+        image = self._square(to_chw(self.source.load_image(index)), InterpolationMode.BICUBIC)
+        return image.clamp_(0, 255) if image.is_floating_point() else image
 
     def mask(self, index: int) -> Tensor:
         """Semantic labels (S, S) int64 in the geometry of the image (nearest neighbour)."""
@@ -97,13 +101,16 @@ class ImageSet(CachedImages):
 
 
 def to_chw(image: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 array to a (3, H, W) uint8 tensor.
+    """(H, W, C) array, uint8 or float32 in 0..255, to a (C, H, W) tensor of the same type.
 
     Raises:
-        TypeError: if the array is not 8-bit RGB.
+        TypeError: if the array is no such image.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise TypeError(f"expected an (H, W, 3) uint8 image, got {image.shape} {image.dtype}")
+    if image.dtype not in (np.uint8, np.float32) or image.ndim != 3:
+        raise TypeError(
+            "expected an (H, W, C) uint8 image, or float32 in 0..255 (sources with "
+            f"color='unchanged' map their values to it), got {image.shape} {image.dtype}"
+        )
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 

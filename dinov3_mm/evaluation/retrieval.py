@@ -14,11 +14,12 @@ class RandomViews(CachedImages):
 
     View ``view`` of image ``index`` is a function of (seed, index, view) only, so that runs and
     ranks see the same views. The augmentation is fixed and does not follow the training's, which
-    keeps scores of different recipes comparable.
+    keeps scores of different recipes comparable. Images that do not have three channels change in
+    brightness and contrast only.
 
     Args:
-        source: images by ``load_image(i)``, (H, W, 3) uint8.
-        image_size: side S of the (3, S, S) uint8 views.
+        source: images by ``load_image(i)``, (H, W, C) uint8 or float32 in 0..255.
+        image_size: side S of the (C, S, S) views.
         view: which view, 0 or 1 for a retrieval pair.
         seed: start of the random streams.
         min_area: smallest area of the crop as a share of the image.
@@ -44,7 +45,7 @@ class RandomViews(CachedImages):
         self.seed, self.min_area = seed, min_area
 
     def read(self, index: int) -> Tensor:
-        """View (3, S, S) uint8."""
+        """View (C, S, S), of the image's type."""
         rng = np.random.default_rng([self.seed, index, self.view])
         image = _random_crop(self.source.load_image(index), self.image_size, self.min_area, rng)
         if rng.random() < 0.5:
@@ -65,18 +66,26 @@ def _random_crop(
     crop = image[top : top + crop_h, left : left + crop_w]
     shrinking = crop_h > size or crop_w > size
     mode = cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
-    return cv2.resize(crop, (size, size), interpolation=mode)
+    # cv2.resize takes up to four channels at a time, and drops the axis of a single one.
+    parts = [crop[..., first : first + 4] for first in range(0, crop.shape[2], 4)]
+    resized = [cv2.resize(part, (size, size), interpolation=mode) for part in parts]
+    return np.dstack(resized) if len(parts) > 1 else resized[0].reshape(size, size, -1)
 
 
 def _random_colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation by factors in [0.6, 1.4]; grey with probability 0.2."""
+    """Brightness, contrast, saturation by factors in [0.6, 1.4]; grey with probability 0.2.
+
+    Saturation and grey need three channels.
+    """
     brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
     saturation = 0.0 if rng.random() < 0.2 else saturation
     values = image.astype(np.float32) * brightness
     values = (values - values.mean()) * contrast + values.mean()
-    grey = (values @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
-    values = grey + (values - grey) * saturation
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    if image.shape[2] == 3:
+        grey = (values @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+        values = grey + (values - grey) * saturation
+    values = np.clip(values if image.dtype == np.float32 else np.rint(values), 0, 255)
+    return values.astype(image.dtype)
 
 
 def two_crop_retrieval(first: Tensor, second: Tensor) -> float:

@@ -100,6 +100,6 @@ def test_bad_sets_and_images_are_refused():
         ImageSet(ColourSquares(0), 32)
     with pytest.raises(ValueError, match="at most resize_size"):
         ImageSet(ColourSquares(2), 64, 32)
-    for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)):
+    for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.uint16)):
         with pytest.raises(TypeError, match="uint8 image"):
             to_chw(bad)

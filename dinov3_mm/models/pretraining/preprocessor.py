@@ -1,4 +1,4 @@
-"""From a collated batch of uint8 crops to what the algorithm takes."""
+"""From a collated batch of crops to what the algorithm takes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,34 +7,44 @@ from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from dinov3_mm.checkpoints.statistics import statistics_of_data
+from dinov3_mm.models.backbones.zoo import IMAGENET_MEAN, IMAGENET_STD
+
 REQUIRED = ("global_crops", "local_crops", "masks", "mask_indices", "masks_weight")
 CROPS = ("global_crops", "local_crops", "gram_crops")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @MODELS.register_module()
 class MultiCropPreprocessor(BaseDataPreprocessor):
     """Moves a collated batch to the device and normalises its crops there.
 
-    Crops travel as uint8, a quarter of the bytes of float32.
+    8-bit crops travel as uint8, a quarter of the bytes of float32.
 
     Args:
-        mean: mean per channel, of values in 0..1.
-        std: standard deviation per channel, of values in 0..1.
+        mean: mean per channel, of values in 0..1; default: ImageNet's.
+        std: standard deviation per channel, of values in 0..1; default: ImageNet's.
         non_blocking: copy from pinned memory without waiting.
+        statistics: instead of ``mean`` and ``std`` the data of a released model, whose values are
+            taken: 'LVD-1689M' or 'SAT-493M'.
+
+    Attributes:
+        statistics (tuple): ``mean`` and ``std`` as lists.
 
     Raises:
-        ValueError: ``mean`` and ``std`` of different lengths or out of range.
+        ValueError: ``mean`` and ``std`` of different lengths or out of range, one without the
+            other, or beside ``statistics``; unknown ``statistics``.
     """
 
     def __init__(
         self,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         non_blocking: bool = True,
+        *,
+        statistics: str | None = None,
     ) -> None:
         super().__init__(non_blocking)
+        mean, std = _resolve(mean, std, statistics)
         self.statistics = ([float(value) for value in mean], [float(value) for value in std])
         in_range = all(0 <= m <= 1 for m in mean) and all(0 < s <= 1 for s in std)
         if not mean or len(mean) != len(std) or not in_range:
@@ -93,3 +103,16 @@ class MultiCropPreprocessor(BaseDataPreprocessor):
                 "mean and std give one value per channel"
             )
         return (crops * self.scale).sub_(self.shift)
+
+
+def _resolve(
+    mean: Sequence[float] | None, std: Sequence[float] | None, statistics: str | None
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation from what was given."""
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std belong together: give both or neither")
+    if statistics is None:
+        return (IMAGENET_MEAN, IMAGENET_STD) if mean is None else (mean, std)
+    if mean is not None:
+        raise ValueError(f"statistics={statistics!r} names mean and std: give one or the other")
+    return statistics_of_data(statistics)[:2]

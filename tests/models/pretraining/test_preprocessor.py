@@ -36,6 +36,20 @@ def test_any_number_of_channels():
     assert MultiCropPreprocessor([0.5], [0.25])(batch)["inputs"]["global_crops"].shape[1] == 1
 
 
+def test_statistics_of_released_models_by_name():
+    preprocessor = MultiCropPreprocessor(statistics="SAT-493M")
+    assert preprocessor.statistics == (list(MEAN), list(STD))
+    assert MultiCropPreprocessor(statistics="LVD-1689M").statistics == (
+        MultiCropPreprocessor().statistics
+    )
+    with pytest.raises(ValueError, match=r"trained on 'SAT493M'; did you mean 'SAT-493M'"):
+        MultiCropPreprocessor(statistics="SAT493M")
+    with pytest.raises(ValueError, match="give one or the other"):
+        MultiCropPreprocessor(MEAN, STD, statistics="SAT-493M")
+    with pytest.raises(ValueError, match="mean and std belong together"):
+        MultiCropPreprocessor(MEAN)
+
+
 def without(key):
     return {name: value for name, value in toy_batch().items() if name != key}
 
