@@ -1,0 +1,124 @@
+"""The backbone behind an extractor: from a name, a weight file or a module, with its statistics."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov3_mm.checkpoints import Statistics, build_backbone, read_statistics
+from dinov3_mm.models.backbones.zoo import ZOO, ZooRow
+
+_SAMPLES_PER_TENSOR = 1024
+
+
+@dataclass(frozen=True)
+class OpenedBackbone:
+    """A backbone and what is known about it.
+
+    Attributes:
+        module: in eval mode unless it was given as a module.
+        statistics: input normalisation, None if nothing states it.
+        origin: where the weights come from, in words.
+    """
+
+    module: nn.Module
+    statistics: Statistics | None
+    origin: str
+
+
+def open_backbone(
+    model: str | os.PathLike | nn.Module,
+    weights: str | os.PathLike | None = None,
+    *,
+    random_init: bool = False,
+) -> OpenedBackbone:
+    """Find or build the backbone.
+
+    Args:
+        model: a name of ``list_backbones()``, a weight file, folder, URL or hub name, or a module.
+        weights: weights for a name; None takes the official file from torch hub's cache.
+        random_init: for a name, leave its weights random (seed 0): a baseline.
+
+    Raises:
+        FileNotFoundError: If there are no such weights.
+        ValueError: If the name is unknown, or the arguments exclude each other.
+    """
+    row = _row(model) if isinstance(model, (str, os.PathLike)) else None
+    if row is None and (weights is not None or random_init):
+        raise ValueError(
+            "weights and random_init belong to the name of an architecture; got "
+            f"{model if not isinstance(model, nn.Module) else 'a module'!r}, which has its weights"
+        )
+    if isinstance(model, nn.Module):
+        return OpenedBackbone(model, None, "a module")
+    if row is None:
+        # The module first: its errors say more about a file that is none.
+        return OpenedBackbone(build_backbone(model), _statistics(model), str(model))
+    of_row = Statistics(row.mean, row.std, row.data or "custom")
+    if random_init:
+        if weights is not None:
+            raise ValueError(f"random_init=True leaves no use for weights={weights!r}")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return OpenedBackbone(build_backbone(model), of_row, f"{model}, random weights")
+    weights = weights or _official_file(row, str(model))
+    module = build_backbone(model, weights)
+    return OpenedBackbone(module, _statistics(weights) or of_row, str(weights))
+
+
+def describe(module: nn.Module, origin: str) -> dict[str, Any]:
+    """Provenance of features as JSON: class, architecture, origin and a hash of the weights."""
+    return {
+        "backbone": type(module).__name__,
+        "arch": getattr(module, "arch_settings", {}),
+        "weights": origin,
+        "fingerprint": fingerprint(module),
+    }
+
+
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> str:
+    """Hash of the names, shapes and up to 1024 values of every tensor of a module.
+
+    It is the same for the same weights in any file format, and takes no time for large models.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        step = max(1, tensor.numel() // _SAMPLES_PER_TENSOR)
+        values = tensor.detach().reshape(-1)[::step].double().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _row(name: str | os.PathLike) -> ZooRow | None:
+    name = os.fspath(name)
+    if name in ZOO:
+        return ZOO[name]
+    return next((row for row in ZOO.values() if row.official_name == name), None)
+
+
+def _statistics(weights: str | os.PathLike) -> Statistics | None:
+    try:
+        return read_statistics(weights)
+    except ValueError:  # nothing states them
+        return None
+
+
+def _official_file(row: ZooRow, name: str) -> Path:
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / row.file if row.file else None
+    if cached is not None and cached.exists():
+        return cached
+    ways = ["pass their file as weights=FILE"]
+    if cached is not None:
+        ways.append(f"put the official {row.file} into {cached.parent}")
+    if row.hf_id:
+        ways.append(f"use the hub name {row.hf_id!r} instead")
+    raise FileNotFoundError(
+        f"{name} is an architecture, and its weights are not on this machine: {', or '.join(ways)}."
+        " random_init=True gives the features of random weights, a baseline"
+    )

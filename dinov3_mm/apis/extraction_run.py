@@ -1,0 +1,200 @@
+"""One extraction run: which shards are left, their images, and the files at the end."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dinov3_mm.checkpoints import atomic_write
+from dinov3_mm.datasets.sources import ImageSource
+
+from .extractor import FeatureExtractor, group_by_size
+from .feature_files.load import INDEX_FILE
+from .feature_files.merge import merge_shards
+from .feature_files.plan import FORMAT_VERSION, ExtractionPlan, check_same
+from .feature_files.shards import ShardBuffer, read_shard_header, write_shard
+from .fields import FieldSelection
+from .image_loading import load_batches
+
+Progress = Callable[[int, int], None]  # images with features, images left out
+
+
+@dataclass
+class ExtractionRun:
+    """The state of a run on one rank.
+
+    Attributes:
+        extractor, source: the model and the images.
+        out: folder of shards, or the file that they are merged into.
+        fields: what is stored.
+        plan: shards and settings.
+        template: arrays without rows, of the shapes that shards have.
+        description: what the index says about the model and the fields.
+        buffers: shards under way.
+    """
+
+    extractor: FeatureExtractor
+    source: ImageSource
+    out: Path
+    fields: FieldSelection
+    plan: ExtractionPlan
+    template: dict[str, np.ndarray]
+    description: dict[str, Any]
+    buffers: dict[int, ShardBuffer] = field(default_factory=dict)
+
+    @property
+    def is_file(self) -> bool:
+        return bool(self.out.suffix)
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards lie."""
+        return self.out.with_name(f"{self.out.name}.parts") if self.is_file else self.out
+
+    @property
+    def index_file(self) -> Path:
+        return self.out.with_suffix(".json") if self.is_file else self.out / INDEX_FILE
+
+    @property
+    def is_finished(self) -> bool:
+        return self.index_file.is_file()
+
+    def open(self) -> None:
+        """Go on with what is on disk, or begin; on rank 0."""
+        found = ExtractionPlan.load(self.folder)
+        if self.is_finished:
+            check_same(
+                json.loads(self.index_file.read_text())["settings"], self.plan.settings, self.out
+            )
+        elif found is not None:
+            check_same(found.settings, self.plan.settings, self.out)
+        elif self.is_file and self.out.exists():
+            raise FileExistsError(f"{self.out} exists and was not written by this program")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.plan.save(self.folder)
+
+    def pending(self) -> list[int]:
+        """Shards without a file."""
+        if self.is_finished:
+            return []
+        # An earlier run may have chosen other shards.
+        self.plan = ExtractionPlan.load(self.folder)
+        shards = range(self.plan.num_shards)
+        return [s for s in shards if not (self.folder / self.plan.shard_file(s)).is_file()]
+
+    def extract(self, shards: Sequence[int], num_workers: int, on_progress: Progress) -> None:
+        """Extract and write shards."""
+        if not shards:
+            return
+        images = {shard: self.plan.images_of(shard) for shard in shards}
+        self.buffers = {shard: ShardBuffer(indices) for shard, indices in images.items()}
+        native = self.extractor.preparation.size is None
+        size = 1 if native else self.extractor.capacity(*self.extractor.preparation.size)
+        batches = [
+            indices[first : first + size]
+            for indices in images.values()
+            for first in range(0, len(indices), size)
+        ]
+        loaded = load_batches(
+            self.source,
+            batches,
+            self.extractor.preparation,
+            num_workers=min(num_workers, len(batches)),
+            pin_memory=self.extractor.device.type == "cuda",
+        )
+        groups = self._groups(loaded, native, on_progress)
+        for (shard, indices), parts in self.extractor.run(groups, self.fields.select):
+            first = 0
+            for part in parts:
+                count = len(next(iter(part.values())))
+                self.buffers[shard].add(indices[first : first + count], part)
+                first += count
+            on_progress(len(indices), 0)
+            self._write_if_complete(shard)
+
+    def _groups(
+        self, loaded: Iterator, native: bool, on_progress: Progress
+    ) -> Iterator[tuple[tuple[int, tuple[int, ...]], Tensor]]:
+        """((shard, indices), pixels) in order; failures go straight into the buffers."""
+
+        def usable() -> Iterator[tuple[int, tuple[int, ...], Tensor]]:
+            for groups, left_out in loaded:
+                for index, reason in left_out:
+                    shard = index // self.plan.shard_size
+                    self.buffers[shard].leave_out(index, reason)
+                    on_progress(0, 1)
+                    self._write_if_complete(shard)
+                for indices, pixels in groups:
+                    yield indices[0] // self.plan.shard_size, indices, pixels
+
+        for shard, entries in groupby(usable(), key=lambda entry: entry[0]):
+            batches = ((indices, pixels) for _, indices, pixels in entries)
+            if native:
+                single = ((indices[0], pixels[0]) for indices, pixels in batches)
+                batches = group_by_size(single, self.extractor.capacity)
+            for indices, pixels in batches:
+                yield (shard, indices), pixels
+
+    def _write_if_complete(self, shard: int) -> None:
+        buffer = self.buffers[shard]
+        if not buffer.is_complete:
+            return
+        header = {
+            "key": self.plan.key,
+            "paths": [self.source.path(index) for index in buffer.kept],
+            "left_out": [
+                {"path": self.source.path(index), "reason": reason}
+                for index, reason in sorted(buffer.left_out.items())
+            ],
+        }
+        arrays = buffer.arrays(self.template, self.fields.ragged)
+        write_shard(self.folder / self.plan.shard_file(shard), arrays, header)
+        del self.buffers[shard]
+
+    def finish(self) -> None:
+        """Merge and write the index; on rank 0, when all shards are there."""
+        if self.is_finished:
+            if self.is_file:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        shards = [self.folder / self.plan.shard_file(s) for s in range(self.plan.num_shards)]
+        headers = [self._header(shard) for shard in shards]
+        paths = [path for header in headers for path in header["paths"]]
+        left_out = [entry for header in headers for entry in header["left_out"]]
+        if not paths:
+            raise ValueError(
+                f"none of {len(left_out)} images could be used, e.g. {left_out[0]['path']}: "
+                f"{left_out[0]['reason']}"
+            )
+        if self.is_file:
+            with atomic_write(self.out) as partial:
+                merge_shards(shards, partial, self.out.suffix)
+        index = {
+            "format_version": FORMAT_VERSION,
+            "num_images": len(paths),
+            **self.description,
+            "settings": self.plan.settings,
+            "shards": [] if self.is_file else self._shard_entries(shards, headers),
+            "left_out": left_out,
+            "paths": paths,
+        }
+        with atomic_write(self.index_file) as partial:
+            partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        if self.is_file:
+            shutil.rmtree(self.folder)
+
+    def _header(self, shard: Path) -> dict[str, Any]:
+        header = read_shard_header(shard)
+        if header["key"] != self.plan.key:
+            raise ValueError(f"{shard} belongs to another run; delete it and repeat the command")
+        return header
+
+    def _shard_entries(self, shards: Sequence[Path], headers: Sequence[dict]) -> list[dict]:
+        return [{"file": s.name, "rows": len(h["paths"])} for s, h in zip(shards, headers)]

@@ -1,0 +1,372 @@
+"""Features of images in one call."""
+
+import inspect
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dinov3_mm.checkpoints import Statistics
+from dinov3_mm.datasets.sources import read_image
+from dinov3_mm.evaluation.features import evaluating
+from dinov3_mm.suggest import hint
+
+from .backbone import describe, open_backbone
+from .forwards import ForwardThreads
+from .layers import Layers, resolve_layers
+from .preparation import NATIVE, ImageLike, ImagePreparation, load_pixels, parse_image_size
+from .tiling import Tiling
+from .tokens import ImageFeatures, Tokens, join_features
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Tokens of one pass on one CPU thread: enough for efficient matrix products, small enough that its
+# activations stay in the caches and that the threads finish together.
+_TOKENS_PER_THREAD = 1024
+_BATCHES_IN_FLIGHT = 2
+
+Tag = TypeVar("Tag")
+Result = TypeVar("Result")
+
+
+class FeatureExtractor:
+    """CLS, register and patch tokens of images from frozen weights.
+
+    The default preprocessing is the reference one: both sides resized to ``image_size`` whatever
+    the aspect ratio (bilinear, antialiased, on 8-bit pixels), scaled to [0, 1], normalised with the
+    statistics of the weights.
+
+    Args:
+        model: a name of ``dinov3_mm.list_backbones()``, a weight file, folder, URL or hub name, or
+            a backbone (``forward_tokens``, ``get_intermediate_layers``, ``token_stride``).
+        weights: weights for a name; None takes the official file from torch hub's cache.
+        random_init: for a name, keep random weights (seed 0), as a baseline.
+        image_size: side in pixels, (height, width), or 'native' for the size of each image; 224 by
+            default. Multiples of the patch size.
+        resize: 'squash' or 'short_side_crop'; for 'native' 'crop' or 'pad'. See
+            :class:`ImagePreparation`. Default: the first of the two.
+        interpolation: 'bilinear' or 'bicubic'.
+        layers: further blocks whose tokens are returned: the last n, block indices from 0, or
+            'four_even' for four evenly spaced ones.
+        norm: apply the final norm to every output.
+        dtype: compute in 'fp32' or 'bf16'. Features are fp32 on the CPU either way.
+        device: where to compute; by default that of the module, else CUDA if it is there.
+        mean, std: normalisation of pixels in [0, 1], one value per channel; by default those that
+            the weights state.
+        batch_size: images per pass at most.
+        max_tokens_per_batch: patch tokens per pass at most, the bound of the memory; larger images
+            run one at a time.
+        tile: cut images with a longer side into tiles of this side and stitch their patch tokens;
+            CLS and registers are the mean over the tiles. An approximation: tokens see their tile.
+        overlap: pixels that neighbouring tiles share at least; default: an eighth of the tile.
+        read: decodes the image file at a path to an array (H, W, C) in 0..255.
+
+    Raises:
+        FileNotFoundError: If there are no such weights.
+        ValueError: If an argument is unknown or does not fit the others.
+
+    Example:
+        >>> extractor = FeatureExtractor("dinov3_vits16_pretrain_lvd1689m-08c60483.pth")
+        >>> features = extractor(["cat.jpg", "dog.jpg"])
+        >>> features.cls.shape, features.patches.shape, features.grid
+        (torch.Size([2, 384]), torch.Size([2, 196, 384]), (14, 14))
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | nn.Module,
+        *,
+        weights: str | os.PathLike | None = None,
+        random_init: bool = False,
+        image_size: int | tuple[int, int] | str | None = None,
+        resize: str | None = None,
+        interpolation: str = "bilinear",
+        layers: Layers = None,
+        norm: bool = True,
+        dtype: str = "fp32",
+        device: str | torch.device | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        batch_size: int = 32,
+        max_tokens_per_batch: int = 32768,
+        tile: int | None = None,
+        overlap: int | None = None,
+        read: Callable[[str], np.ndarray] = read_image,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"dtype is {dtype!r}; expected fp32 or bf16 ({hint(str(dtype), DTYPES)})"
+            )
+        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens_per_batch)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected 1 or more")
+        size = parse_image_size(image_size)
+        opened = open_backbone(model, weights, random_init=random_init)
+        backbone = opened.module
+        self.statistics = _statistics(opened.statistics, mean, std)
+        self.backbone, self.origin = backbone, opened.origin
+        self.dtype, self.norm, self.read = dtype, norm, read
+        self.layers = resolve_layers(layers, backbone.num_layers)
+        self.batch_size, self.max_tokens = batch_size, max_tokens_per_batch
+        self.preparation = ImagePreparation(
+            channels=len(self.statistics.mean),
+            stride=backbone.token_stride,
+            size=size,
+            resize=resize or ("crop" if size is None else "squash"),
+            interpolation=interpolation,
+        )
+        self.tiling = None if tile is None else Tiling(tile, overlap, backbone.token_stride)
+        self._place(device, owned=not isinstance(model, nn.Module))
+        channels = getattr(backbone, "arch_settings", {}).get(
+            "in_channels", len(self.statistics[0])
+        )
+        if channels != len(self.statistics.mean):
+            raise ValueError(
+                f"the backbone takes {channels} channels, mean and std have "
+                f"{len(self.statistics.mean)} values; pass one value per channel"
+            )
+
+    def _place(self, device: str | torch.device | None, *, owned: bool) -> None:
+        parameter = next(self.backbone.parameters())
+        if parameter.dtype != torch.float32 and parameter.dtype != DTYPES[self.dtype]:
+            raise ValueError(
+                f"the parameters are {parameter.dtype}, dtype is {self.dtype!r}; pass the dtype of "
+                "the parameters, or a float32 module"
+            )
+        if device is None and owned and torch.cuda.is_available():
+            device = "cuda"
+        if device is not None:
+            self.backbone.to(device)
+        self.device = next(self.backbone.parameters()).device
+        if owned and self.dtype == "bf16":
+            # Autocast would round these weights anew in every pass, to the same values.
+            for module in self.backbone.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    module.to(torch.bfloat16)
+        mean, std = (torch.tensor(v, device=self.device) for v in self.statistics[:2])
+        self._offset, self._scale = 255 * mean.view(-1, 1, 1), 1 / (255 * std.view(-1, 1, 1))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides the values of the features besides the weights, as JSON."""
+        tiling = self.tiling
+        return {
+            "image_size": NATIVE if self.preparation.size is None else list(self.preparation.size),
+            "resize": self.preparation.resize,
+            "interpolation": self.preparation.interpolation,
+            "layers": list(self.layers),
+            "norm": self.norm,
+            "dtype": self.dtype,
+            "mean": list(self.statistics.mean),
+            "std": list(self.statistics.std),
+            "tile": tiling and [tiling.tile, tiling.overlap],
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Provenance of the features as JSON: backbone, architecture, weights, fingerprint."""
+        return describe(self.backbone, self.origin)
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> ImageFeatures:
+        """Features of one image or of several, in their order, as fp32 tensors on the CPU.
+
+        Args:
+            images: paths, PIL images, arrays (H, W, C) or tensors (C, H, W), or a batch of tensors
+                (B, C, H, W); pixels are uint8, or floating point in the 0..255 scale.
+
+        Raises:
+            BrokenImageError: If a file cannot be decoded.
+            FileNotFoundError: If there is no such file.
+            TypeError: If an image is of another kind.
+            ValueError: If there are no images, or one does not fit the backbone.
+        """
+        images = _as_list(images)
+        loaded = (self.preparation(load_pixels(image, self.read)) for image in images)
+        batches = group_by_size(enumerate(loaded), self.capacity)
+        tags, parts = zip(*self.stream(batches))
+        positions = np.concatenate(tags)
+        return join_features(parts, np.argsort(positions).tolist())
+
+    def stream(self, batches: Iterable[tuple[Tag, Tensor]]) -> Iterator[tuple[Tag, ImageFeatures]]:
+        """Features of prepared batches, in order; reading and computing overlap.
+
+        Args:
+            batches: (tag, pixels (B, C, h, w)); the tag comes back with the features. The sides are
+                multiples of the stride, as :attr:`preparation` makes them.
+        """
+        for tag, parts in self.run(batches, to_cpu):
+            yield tag, join_features(parts, range(sum(map(len, parts))))
+
+    def run(
+        self, batches: Iterable[tuple[Tag, Tensor]], finish: Callable[[ImageFeatures], Result]
+    ) -> Iterator[tuple[Tag, list[Result]]]:
+        """As :meth:`stream`, with ``finish(features on the device)`` for each pass of a batch."""
+        on_cpu = self.device.type == "cpu"
+        started: deque[tuple[Tag, list[Future]]] = deque()
+        with (
+            evaluating(self.backbone),
+            ForwardThreads(torch.get_num_threads() if on_cpu else 1) as threads,
+        ):
+            self._fill_caches()
+            for tag, pixels in batches:
+                started.append((tag, self._start(pixels, finish, threads)))
+                if len(started) > _BATCHES_IN_FLIGHT:
+                    yield _collect(*started.popleft())
+            for tag, futures in started:
+                yield _collect(tag, futures)
+
+    def capacity(self, height: int, width: int) -> int:
+        """Images of a size per pass."""
+        if self.tiling is not None and self.tiling.applies_to(height, width):
+            return 1
+        return max(1, min(self.batch_size, self.max_tokens // self._num_patches(height, width)))
+
+    def _num_patches(self, height: int, width: int) -> int:
+        stride = self.preparation.stride
+        return (height // stride) * (width // stride)
+
+    def _start(
+        self, pixels: Tensor, finish: Callable[[ImageFeatures], Result], threads: ForwardThreads
+    ) -> list[Future]:
+        height, width = pixels.shape[-2:]
+        if self.tiling is not None and self.tiling.applies_to(height, width):
+            return [threads.run_alone(self._run_tiles, image, finish) for image in pixels]
+        patches = self._num_patches(height, width)
+        share = min(_TOKENS_PER_THREAD, self.max_tokens // threads.num_threads)
+        if threads.num_threads > 1 and patches <= share:
+            chunks = pixels.split(min(share // patches, -(-len(pixels) // threads.num_threads)))
+            return [threads.submit(self._run, chunk, finish) for chunk in chunks]
+        chunks = pixels.split(self.capacity(height, width))
+        return [threads.run_alone(self._run, chunk, finish) for chunk in chunks]
+
+    def _run(self, pixels: Tensor, finish: Callable[[ImageFeatures], Result]) -> Result:
+        return finish(self._features(pixels))
+
+    def _run_tiles(self, image: Tensor, finish: Callable[[ImageFeatures], Result]) -> Result:
+        tiles = self.tiling.cut(image)
+        parts = [self._features(part) for part in tiles.split(self.capacity(*tiles.shape[-2:]))]
+        features = join_features(parts, range(len(tiles)))
+
+        def stitched(tokens: Tokens) -> tuple:
+            maps = self.tiling.stitch(tokens.feature_maps, *image.shape[-2:])
+            means = tokens.cls.mean(0, keepdim=True), tokens.registers.mean(0, keepdim=True)
+            return *means, maps.flatten(1).T[None], (tuple(maps.shape[1:]),)
+
+        layers = {index: Tokens(*stitched(tokens)) for index, tokens in features.layers.items()}
+        return finish(ImageFeatures(*stitched(features), layers))
+
+    @torch.no_grad()
+    def _features(self, pixels: Tensor) -> ImageFeatures:
+        """Features (on the device) of pixels (B, C, h, w) in 0..255."""
+        images = pixels.to(self.device, non_blocking=True).float()
+        images = images.sub_(self._offset) if images is not pixels else images - self._offset
+        images = images.mul_(self._scale)
+        bf16 = self.dtype == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+            if self.layers or not self.norm:
+                return self._intermediate(images)
+            tokens = self.backbone.forward_tokens(images)
+        grid = tuple(side // self.preparation.stride for side in images.shape[-2:])
+        return ImageFeatures(tokens.cls, tokens.registers, tokens.patches, (grid,) * len(images))
+
+    def _intermediate(self, images: Tensor) -> ImageFeatures:
+        last = self.backbone.num_layers - 1
+        wanted = sorted({*self.layers, last})
+        arguments = {"n": wanted, "reshape": True, "return_class_token": True, "norm": self.norm}
+        method = self.backbone.get_intermediate_layers
+        has_registers = "return_extra_tokens" in inspect.signature(method).parameters
+        if has_registers:
+            arguments["return_extra_tokens"] = True
+        outputs = {}
+        for index, (maps, cls, *registers) in zip(wanted, method(images, **arguments)):
+            registers = registers[0] if registers else cls[:, None][:, :0]
+            patches = maps.flatten(2).transpose(1, 2)
+            grids = (tuple(maps.shape[2:]),) * len(images)
+            outputs[index] = (cls, registers, patches, grids)
+        layers = {index: Tokens(*outputs[index]) for index in self.layers}
+        return ImageFeatures(*outputs[last], layers)
+
+    def _fill_caches(self) -> None:
+        """One tiny pass: what a backbone builds on first use is there before threads need it."""
+        side = self.preparation.stride
+        self._features(torch.zeros(1, self.preparation.channels, side, side, dtype=torch.uint8))
+
+
+def to_cpu(features: ImageFeatures) -> ImageFeatures:
+    """The same features as contiguous fp32 tensors on the CPU, which share no memory."""
+
+    def moved(tokens: Tokens) -> tuple:
+        tensors = (tokens.cls, tokens.registers, tokens.patches)
+        return *(to_host(tensor) for tensor in tensors), tokens.grids
+
+    layers = {index: Tokens(*moved(tokens)) for index, tokens in features.layers.items()}
+    return ImageFeatures(*moved(features), layers)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A contiguous fp32 copy on the CPU."""
+    return tensor.to("cpu", torch.float32, copy=True).contiguous()
+
+
+def group_by_size(
+    images: Iterable[tuple[int, Tensor]], capacity: Callable[[int, int], int]
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Batches of images of equal size, as (keys, pixels (B, C, h, w)).
+
+    A batch is given out when it holds ``capacity(height, width)`` images, or when images of so many
+    sizes wait that they are as many as the largest batch.
+    """
+    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    for key, image in images:
+        group = waiting.setdefault(tuple(image.shape), [])
+        group.append((key, image))
+        most = max(capacity(*shape[1:]) for shape in waiting)
+        if len(group) >= capacity(*image.shape[1:]):
+            yield _stacked(waiting.pop(tuple(image.shape)))
+        elif sum(map(len, waiting.values())) >= most:
+            fullest = max(waiting, key=lambda shape: len(waiting[shape]))
+            yield _stacked(waiting.pop(fullest))
+    for group in waiting.values():
+        yield _stacked(group)
+
+
+def _stacked(group: list[tuple[int, Tensor]]) -> tuple[tuple[int, ...], Tensor]:
+    keys, images = zip(*group)
+    dtype = torch.uint8 if all(i.dtype == torch.uint8 for i in images) else torch.float32
+    return keys, torch.stack([image.to(dtype) for image in images])
+
+
+def _collect(tag: Tag, futures: list[Future]) -> tuple[Tag, list]:
+    return tag, [future.result() for future in futures]
+
+
+def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    is_batch = isinstance(images, Tensor) and images.ndim == 4
+    if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)) and not is_batch:
+        return [images]
+    images = list(images)
+    if not images:
+        raise ValueError("got no images: the list is empty")
+    return images
+
+
+def _statistics(
+    stated: Statistics | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Statistics:
+    if mean is None and std is None:
+        if stated is None:
+            raise ValueError(
+                "nothing states the input normalisation of this backbone; pass mean and std (for "
+                "web images mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
+            )
+        return stated
+    if mean is None or std is None or len(mean) != len(std) or min(std) <= 0:
+        raise ValueError(
+            f"mean={mean} and std={std}: pass both, with one value per channel and std above 0"
+        )
+    return Statistics(tuple(map(float, mean)), tuple(map(float, std)))
