@@ -7,12 +7,14 @@ from dinov3_mm.datasets.multi_crop_dataset import MultiCropDataset
 from dinov3_mm.datasets.randomness import Permutation, sample_generator, torch_seed
 from dinov3_mm.datasets.samplers import BatchLayout, PositionBatchSampler
 from dinov3_mm.datasets.sources import (
+    BatchMixture,
     BrokenImageError,
     ImageFolder,
     ImageList,
     ImageSource,
     MMDatasetSource,
     ReadableSubset,
+    WeightedConcat,
 )
 from dinov3_mm.datasets.statistics import ChannelStatistics, channel_statistics
 from dinov3_mm.datasets.synthetic_scenes import SyntheticScenes
@@ -20,6 +22,7 @@ from dinov3_mm.datasets.transforms import MultiCrop
 
 __all__ = [
     "BatchLayout",
+    "BatchMixture",
     "BrokenImageError",
     "ChannelStatistics",
     "ImageFolder",
@@ -35,6 +38,7 @@ __all__ = [
     "PretrainDataLoader",
     "ReadableSubset",
     "SyntheticScenes",
+    "WeightedConcat",
     "block_mask",
     "build_pretrain_dataloader",
     "channel_statistics",

@@ -130,7 +130,13 @@ def build_pretrain_dataloader(
             "prefetch_factor": cfg.get("prefetch_factor", 2),
         }
     return PretrainDataLoader(
-        MultiCropDataset(source, transform, seed, num_channels),
+        MultiCropDataset(
+            source,
+            transform,
+            seed,
+            global_batch_size=global_batch_size,
+            num_channels=num_channels,
+        ),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,

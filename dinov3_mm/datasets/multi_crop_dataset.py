@@ -3,8 +3,9 @@
 import numpy as np
 from torch.utils.data import Dataset
 
-from dinov3_mm.datasets.randomness import Permutation, sample_generator
+from dinov3_mm.datasets.randomness import sample_generator
 from dinov3_mm.datasets.sources import BrokenImageError, ImageSource
+from dinov3_mm.datasets.sources.mixture import order_of
 from dinov3_mm.datasets.transforms import MultiCrop
 
 _MAX_REPLACEMENTS = 50
@@ -13,14 +14,16 @@ _MAX_REPLACEMENTS = 50
 class MultiCropDataset(Dataset):
     """Crops as a function of the sample position alone.
 
-    Position ``p`` shows image ``perm_e(p mod n)`` of epoch ``e = p // n``, augmented with the
-    generator of ``p``. An unreadable image is replaced by one drawn from another generator of
-    ``p``, so that every process that asks for ``p`` gets the same replacement.
+    Position ``p`` shows image ``perm_e(p mod n)`` of epoch ``e = p // n``, or what a mixture's own
+    order says, augmented with the generator of ``p``. An unreadable image is replaced by one drawn
+    from another generator of ``p``, so that every process that asks for ``p`` gets the same
+    replacement.
 
     Args:
         source (ImageSource): The images.
         transform (MultiCrop): ``transform(image, rng) -> dict`` of crop lists.
         seed (int): Seed of the run.
+        global_batch_size (int): Images per optimizer step; mixtures of whole batches ask for it.
         num_channels (int | None): An image with another number of channels counts as unreadable;
             None: any number will do.
 
@@ -33,6 +36,8 @@ class MultiCropDataset(Dataset):
         source: ImageSource,
         transform: MultiCrop,
         seed: int = 0,
+        *,
+        global_batch_size: int = 1,
         num_channels: int | None = None,
     ) -> None:
         if not len(source):
@@ -41,7 +46,7 @@ class MultiCropDataset(Dataset):
         self.transform = transform
         self.seed = seed
         self.num_channels = num_channels
-        self._permutations: dict[int, Permutation] = {}
+        self._order = order_of(source, seed, global_batch_size)
 
     def __len__(self) -> int:
         """Images per epoch; positions may go on past it."""
@@ -49,13 +54,7 @@ class MultiCropDataset(Dataset):
 
     def source_index(self, position: int) -> int:
         """Index in the source of the image that belongs to a position."""
-        epoch, index = divmod(position, len(self.source))
-        if epoch not in self._permutations:
-            # A batch spans two epochs at most, unless the source is smaller than the batch.
-            if len(self._permutations) > 8:
-                self._permutations.clear()
-            self._permutations[epoch] = Permutation(len(self.source), self.seed, epoch)
-        return self._permutations[epoch](index)
+        return self._order(position)
 
     def __getitem__(self, position: int) -> dict:
         """One sample.

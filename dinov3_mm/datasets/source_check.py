@@ -5,7 +5,13 @@ from typing import NamedTuple
 import numpy as np
 from mmengine.logging import print_log
 
-from dinov3_mm.datasets.sources import BrokenImageError, ImageHeader, ImageSource
+from dinov3_mm.datasets.sources import (
+    BatchMixture,
+    BrokenImageError,
+    ImageHeader,
+    ImageSource,
+    WeightedConcat,
+)
 from dinov3_mm.datasets.sources.pixel_format import UNCHANGED
 
 _PROBES = 64
@@ -43,6 +49,8 @@ def check_source(source: ImageSource, min_image_size: int, small_images: str = "
     """
     if small_images not in ("error", "upscale"):
         raise ValueError(f"small_images must be 'error' or 'upscale', got {small_images!r}")
+    if isinstance(source, (BatchMixture, WeightedConcat)):
+        return _check_parts(source, min_image_size, small_images)
     probes, broken = _probe(source)
     if not probes:
         raise ValueError(f"none of {len(broken)} probed images can be read, e.g. {broken[0]}")
@@ -53,6 +61,19 @@ def check_source(source: ImageSource, min_image_size: int, small_images: str = "
     if small_images == "error":
         _check_sizes(probes, min_image_size)
     return channels
+
+
+def _check_parts(
+    source: BatchMixture | WeightedConcat, min_image_size: int, small_images: str
+) -> int:
+    """Check every part of a mixture; all must have equally many channels."""
+    channels = [check_source(part, min_image_size, small_images) for part in source.parts]
+    if len(set(channels)) > 1:
+        raise ValueError(
+            f"the parts of the {type(source).__name__} have {channels} channels; choose equally "
+            "many in each (color and channels of the sources)"
+        )
+    return channels[0]
 
 
 def _probe(source: ImageSource) -> tuple[list[_Probe], list[str]]:
