@@ -6,6 +6,7 @@ any default scope build them by name. It imports no host library (mmpretrain, mm
 
 from dinov3_mm import datasets, engine, evaluation, models, visualization
 from dinov3_mm.checkpoints import build_backbone, export_backbone, list_backbones
+from dinov3_mm.datasets.transforms import make_transform
 from dinov3_mm.models import pretraining
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "evaluation",
     "export_backbone",
     "list_backbones",
+    "make_transform",
     "models",
     "pretraining",
     "visualization",

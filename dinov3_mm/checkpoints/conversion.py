@@ -46,7 +46,9 @@ class ConversionRequest:
             ValueError: If nothing states a number of heads that divides ``embed_dims``.
         """
         row = self.likely_arch(embed_dims, num_layers)
-        num_heads = self.config.get("num_attention_heads") or row.get("num_heads")
+        timm_arguments = self.config.get("model_args", {})
+        stated = self.config.get("num_attention_heads") or timm_arguments.get("num_heads")
+        num_heads = stated or row.get("num_heads")
         if num_heads is None and embed_dims % 64 == 0:
             return 64, ["64 channels per head assumed"]
         # Weights of the wrong width for the wanted backbone are told apart by strict loading.

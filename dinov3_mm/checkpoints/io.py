@@ -1,7 +1,8 @@
-"""Files that are either the old one or the complete new one, whatever happens to the process."""
+"""Files and folders that are either absent (or the old one) or complete, whatever happens."""
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,35 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     # The rename itself lives in the folder: without this a power cut can bring the old file back.
+    _flush_to_disk(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Fill a folder aside and rename it when it is complete; see :func:`atomic_write`.
+
+    Args:
+        path: Target folder, which must not exist yet. Missing parent folders are made.
+
+    Yields:
+        An empty folder to fill, a hidden sibling of ``path``.
+
+    Raises:
+        FileExistsError: If something is at ``path``.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; remove it or choose another name")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for entry in (*partial.rglob("*"), partial):
+            _flush_to_disk(entry)
+        os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     _flush_to_disk(path.parent)
 
 

@@ -24,15 +24,14 @@ def released_file(row: ZooRow) -> Path:
     if row.file is None:
         raise ValueError(f"no weights of {row.official_name} were released; pass your own file")
     path = torch_hub_folder() / row.file
-    url = getattr(row, "url", None)
-    if url is not None and not path.exists():
-        path = local_path(url)
+    if row.url is not None and not path.exists():
+        path = local_path(row.url)
     if not path.exists():
-        where = f"from the publisher or https://huggingface.co/{row.hf_id}" if row.hf_id else ""
+        page = f" or https://huggingface.co/{row.hf_id}" if row.hf_id else ""
         raise FileNotFoundError(
             f"the weights {row.file} are not at {path}. They are gated ({row.licence}), so they "
-            f"are not downloaded for you: accept the licence and get the file {where}; then put it "
-            "there, or pass its path, URL or hub name as weights"
+            "are not downloaded for you: accept the licence and get the file from the publisher"
+            f"{page}; then put it there, or pass its path, URL or hub name as weights"
         )
     check_released(path)
     return path

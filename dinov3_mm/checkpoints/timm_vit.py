@@ -40,7 +40,8 @@ def timm_to_official(tensors: Mapping[str, Tensor], request: ConversionRequest) 
     state, left = _table(swiglu).to_official(tensors)
     dims, depth = state["storage_tokens"].shape[-1], num_blocks(state)
     head_dims, notes = request.head_dims(dims, depth)
-    state[PERIODS_KEY], periods_note = made_up_periods(head_dims, request)
+    base = request.config.get("model_args", {}).get("rope_temperature")
+    state[PERIODS_KEY], periods_note = made_up_periods(head_dims, request, base)
     state["mask_token"] = state["storage_tokens"].new_zeros(1, dims)
     notes = [periods_note, *notes, "mask token made up (0)"]
     if [left.pop(name) for name in _CLASSIFIER if name in left]:
@@ -51,7 +52,8 @@ def timm_to_official(tensors: Mapping[str, Tensor], request: ConversionRequest) 
         notes.append("qkv biases made up (0)")
     if biases:
         notes.append(add_masked_bias(state, biases))
-    return Conversion({**state, **left}, {}, notes)
+    arch = {} if base is None else {"rope_base": float(base)}
+    return Conversion({**state, **left}, arch, notes)
 
 
 def to_timm(state_dict: Mapping[str, Tensor], *, qkv_bias: bool | None = None) -> dict[str, Tensor]:

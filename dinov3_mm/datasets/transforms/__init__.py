@@ -1,5 +1,6 @@
-"""Multi-crop augmentation."""
+"""Multi-crop augmentation for training, and the transform of an image for inference."""
 
+from dinov3_mm.datasets.transforms.inference import make_transform
 from dinov3_mm.datasets.transforms.multi_crop import PAPER_BLUR, RELEASED_BLUR, MultiCrop
 
-__all__ = ["PAPER_BLUR", "RELEASED_BLUR", "MultiCrop"]
+__all__ = ["PAPER_BLUR", "RELEASED_BLUR", "MultiCrop", "make_transform"]

@@ -1,0 +1,7 @@
+"""Official names for ``torch.hub.load(FOLDER, 'dinov3_vits16', source='local', weights=FILE)``."""
+
+from dinov3_mm.apis.hub import hub_entry_points as _hub_entry_points
+
+dependencies = ["torch", "torchvision", "mmengine", "numpy", "PIL", "cv2", "safetensors", "rich"]
+
+globals().update(_hub_entry_points())
