@@ -19,6 +19,8 @@ from dinov3_mm.engine import (
     build_runner,
     find_latest_checkpoint,
     parse_options,
+    set_data,
+    set_weights,
     start_processes,
 )
 
@@ -37,6 +39,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="continue from a checkpoint; without PATH from the newest of the work folder, "
         "or from the start if it has none",
     )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder of images to train on and evaluate; for configs that read an ImageFolder",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE_OR_NAME",
+        help="backbone weights to start from, in any known format, or the name of a released "
+        "checkpoint; for configs whose backbone has an init_cfg",
+    )
     parser.add_argument("--seed", type=int, help="seed of data order, crops, masks and weights")
     parser.add_argument(
         "--cfg-options",
@@ -52,6 +65,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def load_config(args: argparse.Namespace) -> Config:
     """Config file plus what the command line says."""
     cfg = Config.fromfile(args.config)
+    if args.data is not None:
+        set_data(cfg, args.data)
+    if args.weights is not None:
+        set_weights(cfg, args.weights)
     apply_options(cfg, parse_options(args.cfg_options))
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     if args.seed is not None:

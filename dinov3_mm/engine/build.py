@@ -1,10 +1,16 @@
 """From a config to a runner that is ready to train."""
 
-from mmengine.config import Config
-from mmengine.dist import get_world_size, is_distributed
-from mmengine.registry import RUNNERS
+import copy
 
-from dinov3_mm.engine.config import check_config, fill_defaults
+import torch
+from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_distributed
+from mmengine.registry import MODELS, RUNNERS
+
+from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
+from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
+from dinov3_mm.engine.runner.training_state import read_meta
+from dinov3_mm.engine.starting_point import settle_data, settle_weights
 
 
 def build_runner(cfg: Config):
@@ -15,17 +21,61 @@ def build_runner(cfg: Config):
     Args:
         cfg (Config): A training config, changed in place. A pretraining config
             (``runner_type='FlexibleRunner'``) is checked and completed with this package's default
-            hooks and strategy; any other goes to MMEngine's runner as it is.
+            hooks and strategy, and its values ``'auto'`` are derived; any other goes to MMEngine's
+            runner as it is.
 
     Returns:
         FlexibleRunner | Runner: ``.train()`` trains.
 
     Raises:
-        ConfigError: If a pretraining config holds a name, type or argument that nobody reads.
+        ConfigError: If a pretraining config holds a name, type or argument that nobody reads, names
+            neither images nor weights where it needs them, or describes no possible model.
     """
     # The runner would guess from the environment; the process group is there or it is not.
     cfg.launcher = "pytorch" if is_distributed() else "none"
-    if cfg.get("runner_type") == "FlexibleRunner":
-        fill_defaults(cfg)
-        check_config(cfg, world_size=get_world_size())
-    return RUNNERS.build(cfg)
+    if cfg.get("runner_type") != "FlexibleRunner":
+        return RUNNERS.build(cfg)
+    fill_defaults(cfg)
+    check_config(cfg, world_size=get_world_size())
+    settle_data(cfg)
+    stored = _stored(cfg)
+    lines = [*settle_weights(cfg, stored), *_derive(cfg, stored)]
+    check_config(cfg, world_size=get_world_size())
+    _check_model(cfg)
+    runner = RUNNERS.build(cfg)
+    for line in lines:
+        runner.logger.info(line)
+    return runner
+
+
+def _stored(cfg: Config) -> dict | None:
+    """What the run that is resumed derived when it began."""
+    return read_meta(cfg.resume).get(RECORD) if isinstance(cfg.get("resume"), str) else None
+
+
+def _derive(cfg: Config, stored: dict | None) -> list[str]:
+    """Settle the values 'auto': on the first process, for all of them."""
+    answer: list = [None]
+    if get_rank() == 0:
+        try:
+            lines = resolve_auto(cfg, world_size=get_world_size(), stored=stored)
+            answer = [(lines, cfg[RECORD].to_dict() if RECORD in cfg else {}, None)]
+        except ConfigError as error:
+            answer = [([], {}, str(error))]
+    broadcast_object_list(answer)
+    lines, record, error = answer[0]
+    if error is not None:
+        raise ConfigError(error)
+    if "values" in record and get_rank() != 0:
+        every = next((v for path, v in record["values"].items() if path.endswith(".every")), None)
+        resolve_auto(cfg, stored=record, data=DataFacts(record["num_images"], 0, every))
+    return lines
+
+
+def _check_model(cfg: Config) -> None:
+    """Build the model without storage: its own refusals come before the data is touched."""
+    try:
+        with torch.device("meta"):
+            MODELS.build(copy.deepcopy(cfg.model))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {error}") from error

@@ -10,6 +10,7 @@ from .features import (
     extract_features,
     preserved_random_state,
 )
+from .held_out import HeldOutSplit
 from .images import ImageSet, class_labels, patch_labels
 from .knn import KNNScore, chance_level, knn_classify, knn_scores, nearest_neighbours
 from .metrics import confusion_matrix, iou_per_class, segmentation_metrics, top_k_accuracy
@@ -22,6 +23,7 @@ __all__ = [
     "IMAGENET_STD",
     "DenseProbeResult",
     "Features",
+    "HeldOutSplit",
     "ImageSet",
     "KNNScore",
     "RandomViews",

@@ -14,7 +14,7 @@ from mmengine.registry import RUNNERS, Registry
 
 from dinov3_mm.datasets.loader import LOADER_KEYS, MASKING_KEYS
 from dinov3_mm.datasets.samplers import BatchLayout
-from dinov3_mm.engine.config.defaults import DEFAULT_HOOKS, DEFAULT_PATCH_SIZE, patch_size_of
+from dinov3_mm.engine.config.defaults import DEFAULT_HOOKS, DEFAULT_PATCH_SIZE, token_stride_of
 from dinov3_mm.engine.config.signature import accepted_keywords
 from dinov3_mm.suggest import hint, nearest
 
@@ -136,7 +136,8 @@ def _check_batch(cfg: Mapping, world_size: int) -> Iterator[str]:
     train_cfg = cfg["train_cfg"]
     accumulate = train_cfg.get("accumulate", 1)
     try:
-        BatchLayout(train_cfg["global_batch_size"], world_size, accumulate)
+        if train_cfg["global_batch_size"] != "auto":
+            BatchLayout(train_cfg["global_batch_size"], world_size, accumulate)
     except ValueError as error:
         yield f"train_cfg: {error}"
     counts = cfg["optim_wrapper"].get("accumulative_counts", 1)
@@ -149,10 +150,11 @@ def _check_batch(cfg: Mapping, world_size: int) -> Iterator[str]:
 
 def _check_patch_size(cfg: Mapping) -> Iterator[str]:
     masks = cfg["train_dataloader"].get("masking", {}).get("patch_size", DEFAULT_PATCH_SIZE)
-    if masks != patch_size_of(cfg):
+    stride = token_stride_of(cfg)
+    if masks != stride:
         yield (
             f"train_dataloader.masking.patch_size={masks}, but the backbone's patch size is "
-            f"{patch_size_of(cfg)}; set the latter only"
+            f"{stride}; set the latter only"
         )
 
 

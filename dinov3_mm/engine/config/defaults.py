@@ -7,6 +7,9 @@ from mmengine.dist import is_distributed
 
 DEFAULT_PATCH_SIZE = 16
 
+# A ConvNeXt has no patch size that says how far apart its tokens are.
+TOKEN_STRIDES = {"DINOv3ConvNeXt": 32}
+
 # MMEngine's default hooks read every metric to the host in each iteration, count epochs and shuffle
 # by epoch; ours take their slots. The slots are the names that FlexibleRunner knows.
 DEFAULT_HOOKS: dict[str, dict | None] = {
@@ -40,9 +43,12 @@ def fill_defaults(cfg: Config) -> None:
     if accumulate != 1:
         cfg.optim_wrapper.setdefault("accumulative_counts", accumulate)
     masking = cfg.train_dataloader.setdefault("masking", ConfigDict())
-    masking.setdefault("patch_size", patch_size_of(cfg))
+    masking.setdefault("patch_size", token_stride_of(cfg))
 
 
-def patch_size_of(cfg: Mapping) -> int:
-    """Patch size of the backbone that the config trains."""
-    return cfg["model"].get("backbone", {}).get("patch_size", DEFAULT_PATCH_SIZE)
+def token_stride_of(cfg: Mapping) -> int:
+    """Pixels between neighbouring patch tokens of the backbone that the config trains."""
+    backbone = cfg["model"].get("backbone", {})
+    if backbone.get("type") in TOKEN_STRIDES:
+        return TOKEN_STRIDES[backbone["type"]]
+    return backbone.get("patch_size") or DEFAULT_PATCH_SIZE

@@ -4,6 +4,7 @@ from .checkpoint import PretrainCheckpointHook
 from .diagnosis import DiagnosisHook
 from .evaluation import DenseProbeHook, KNNEvalHook, RetrievalEvalHook
 from .export import ExportTeacherHook
+from .folder_evaluation import FolderEvalHook, SummaryHook
 from .gram_anchor import GramAnchorHook
 from .guards import CollapseGuardHook, NonFiniteGuardHook
 from .logging import ProgressHook
@@ -15,6 +16,7 @@ __all__ = [
     "DenseProbeHook",
     "DiagnosisHook",
     "ExportTeacherHook",
+    "FolderEvalHook",
     "GramAnchorHook",
     "KNNEvalHook",
     "NonFiniteGuardHook",
@@ -22,5 +24,6 @@ __all__ = [
     "PretrainCheckpointHook",
     "ProgressHook",
     "RetrievalEvalHook",
+    "SummaryHook",
     "TeacherEMAHook",
 ]

@@ -10,6 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from dinov3_mm.checkpoints.io import atomic_write
+from dinov3_mm.engine.autoscale import RECORD
 from dinov3_mm.engine.runner.files import checkpoint_path, list_checkpoints, remove_partial_files
 from dinov3_mm.engine.runner.retention import surplus
 
@@ -118,12 +119,10 @@ class PretrainCheckpointHook(Hook):
     def _save(self, runner, done: int) -> None:
         path = checkpoint_path(runner.work_dir, done)
         layout = runner.train_loop.layout
-        runner.save_checkpoint(
-            str(path.parent),
-            path.name,
-            by_epoch=False,
-            meta={"global_batch_size": layout.global_batch_size, "accumulate": layout.accumulate},
-        )
+        meta = {"global_batch_size": layout.global_batch_size, "accumulate": layout.accumulate}
+        if RECORD in runner.cfg:
+            meta[RECORD] = runner.cfg[RECORD].to_dict()
+        runner.save_checkpoint(str(path.parent), path.name, by_epoch=False, meta=meta)
         if self.export:
             export_teacher(runner, done)
             remove_surplus_exports(runner.work_dir, self.max_to_keep, self.keep_every)

@@ -174,7 +174,7 @@ class CollapseGuardHook(Hook):
     Args:
         patience: Consecutive collapsed diagnoses that stop the run.
         begin: Iteration from which diagnoses count; by default the end of the learning rate's
-            warm-up.
+            warm-up, the backbone's included.
         entropy_tolerance: How far below its bound the entropy still counts as uniform, in nats.
 
     Raises:
@@ -206,7 +206,10 @@ class CollapseGuardHook(Hook):
         if "DiagnosisHook" not in hooks:
             raise ValueError("CollapseGuardHook needs DiagnosisHook in custom_hooks")
         schedule = hooks.get("OptimScheduleHook")
-        warmup = getattr(schedule.lr, "warmup_iters", 0) if schedule else 0
+        warmup = 0
+        if schedule is not None:
+            # Under a frozen backbone and random heads all targets are uniform for a while.
+            warmup = max(getattr(schedule.lr, "warmup_iters", 0), schedule.head_start_iters)
         self._armed_from = warmup if self.begin is None else self.begin
 
     def after_train_iter(

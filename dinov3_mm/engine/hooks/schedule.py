@@ -3,7 +3,7 @@
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from dinov3_mm.engine.optim import build_schedule, lr_scale, scale_lr_schedule
+from dinov3_mm.engine.optim import BACKBONE, build_schedule, lr_scale, scale_lr_schedule
 
 
 @HOOKS.register_module()
@@ -13,15 +13,23 @@ class OptimScheduleHook(Hook):
     A group gets ``lr(it) * lr_multiplier`` and ``weight_decay(it) * wd_multiplier``. In the first
     ``freeze_last_layer_iters`` iterations the last layers of the heads get a learning rate of zero.
 
+    A trained backbone under random heads would first unlearn: their gradients are noise. In the
+    first ``backbone_freeze_iters`` iterations it therefore stays as it is to the bit, without
+    update, weight decay or optimizer moments, while the heads learn to read it. Then its learning
+    rate rises linearly over ``backbone_warmup_iters`` iterations to that of the schedule.
+
     Args:
         lr: Schedule of the learning rate, see :func:`dinov3_mm.engine.optim.build_schedule`.
         weight_decay: Schedule of the weight decay.
         freeze_last_layer_iters: Iterations in which the prototypes stay as they are.
         scaling_rule: How ``lr`` follows the global batch size: ``'sqrt_wrt_1024'``,
             ``'linear_wrt_256'`` or ``None``. The derivation is logged.
+        backbone_freeze_iters: Iterations in which the backbone stays as it is.
+        backbone_warmup_iters: Iterations from the thaw to the full learning rate.
 
     Raises:
-        ValueError: A bad schedule, an unknown rule or a negative freeze.
+        ValueError: A bad schedule, an unknown rule, a negative number of iterations, or a freeze as
+            long as the run.
     """
 
     priority = "VERY_HIGH"
@@ -32,16 +40,29 @@ class OptimScheduleHook(Hook):
         weight_decay: dict | float,
         freeze_last_layer_iters: int = 0,
         scaling_rule: str | None = None,
+        backbone_freeze_iters: int = 0,
+        backbone_warmup_iters: int = 0,
     ):
-        if not isinstance(freeze_last_layer_iters, int) or freeze_last_layer_iters < 0:
-            raise ValueError(
-                f"freeze_last_layer_iters: integer >= 0 expected, given {freeze_last_layer_iters!r}"
-            )
+        counts = dict(
+            freeze_last_layer_iters=freeze_last_layer_iters,
+            backbone_freeze_iters=backbone_freeze_iters,
+            backbone_warmup_iters=backbone_warmup_iters,
+        )
+        for name, value in counts.items():
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: integer >= 0 expected, given {value!r}")
         lr_scale(scaling_rule, 1)
         self.lr_cfg = lr
         self.weight_decay_cfg = weight_decay
         self.freeze_last_layer_iters = freeze_last_layer_iters
         self.scaling_rule = scaling_rule
+        self.backbone_freeze_iters = backbone_freeze_iters
+        self.backbone_warmup_iters = backbone_warmup_iters
+
+    @property
+    def head_start_iters(self) -> int:
+        """Iterations before the backbone learns at the full rate."""
+        return self.backbone_freeze_iters + self.backbone_warmup_iters
 
     def before_train(self, runner) -> None:
         """Build the schedules for the run's length and batch size."""
@@ -54,19 +75,47 @@ class OptimScheduleHook(Hook):
                 f"learning rate: {self.scaling_rule} with a global batch of {batch} is a factor "
                 f"{lr_scale(self.scaling_rule, batch):.4g}: {self.lr}"
             )
+        if self.backbone_freeze_iters >= runner.max_iters:
+            raise ValueError(
+                f"backbone_freeze_iters={self.backbone_freeze_iters} leaves nothing of the run's "
+                f"{runner.max_iters} iterations for the backbone; shorten it or train longer"
+            )
+        if runner.iter < self.backbone_freeze_iters:
+            runner.logger.info(
+                f"the backbone stays frozen until iteration {self.backbone_freeze_iters}, while "
+                "the heads learn to read it"
+            )
 
     def last_layer_lr(self, it: int) -> float:
         """Learning rate of the heads' last layers at iteration ``it``."""
         return 0.0 if it < self.freeze_last_layer_iters else self.lr(it)
 
+    def backbone_lr(self, it: int) -> float:
+        """Learning rate of the backbone at iteration ``it``, before the groups' multipliers."""
+        thawed = it - self.backbone_freeze_iters
+        if thawed < 0:
+            return 0.0
+        return self.lr(it) * min(1.0, (thawed + 1) / (self.backbone_warmup_iters + 1))
+
     def before_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Set the groups."""
         it = runner.iter
-        lr, last_layer_lr, weight_decay = self.lr(it), self.last_layer_lr(it), self.weight_decay(it)
+        is_frozen = it < self.backbone_freeze_iters
+        runner.optim_wrapper.frozen = frozenset((BACKBONE,)) if is_frozen else frozenset()
+        if it == self.backbone_freeze_iters > 0:
+            runner.logger.info(
+                f"iteration {it}: the backbone thaws; its learning rate rises to the schedule's "
+                f"over {self.backbone_warmup_iters} iterations"
+            )
+        weight_decay = self.weight_decay(it)
         for group in runner.optim_wrapper.param_groups:
-            group_lr = last_layer_lr if group.get("is_last_layer") else lr
-            group["lr"] = group_lr * group.get("lr_multiplier", 1.0)
+            group["lr"] = self._group_lr(group, it) * group.get("lr_multiplier", 1.0)
             group["weight_decay"] = weight_decay * group.get("wd_multiplier", 1.0)
+
+    def _group_lr(self, group: dict, it: int) -> float:
+        if group.get("is_last_layer"):
+            return self.last_layer_lr(it)
+        return self.backbone_lr(it) if group.get("submodule") == BACKBONE else self.lr(it)
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
@@ -79,3 +128,5 @@ class OptimScheduleHook(Hook):
             weight_decay=self.weight_decay(it),
             **runner.optim_wrapper.step_metrics,
         )
+        if self.head_start_iters:
+            outputs["backbone_lr"] = self.backbone_lr(it)

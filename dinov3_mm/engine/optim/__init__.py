@@ -1,7 +1,7 @@
 """Schedules, parameter groups and the optimizer wrapper of DINOv3 pretraining."""
 
 from .constructor import PretrainOptimConstructor
-from .param_groups import ParamMultipliers, build_param_groups, param_multipliers
+from .param_groups import BACKBONE, ParamMultipliers, build_param_groups, param_multipliers
 from .schedule_config import build_schedule, lr_scale, scale_lr_schedule
 from .schedules import (
     ConstantSchedule,
@@ -13,6 +13,7 @@ from .schedules import (
 from .wrapper import PretrainOptimWrapper
 
 __all__ = [
+    "BACKBONE",
     "ConstantSchedule",
     "CosineSchedule",
     "LinearSchedule",

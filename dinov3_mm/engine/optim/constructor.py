@@ -10,9 +10,14 @@ from torch import nn
 
 from dinov3_mm.suggest import hint
 
-from .param_groups import build_param_groups
+from .param_groups import BACKBONE, build_param_groups
 
-PARAMWISE_KEYS = ("layerwise_decay", "patch_embed_lr_mult", "dino_head_wd_multiplier")
+PARAMWISE_KEYS = (
+    "layerwise_decay",
+    "patch_embed_lr_mult",
+    "head_lr_mult",
+    "dino_head_wd_multiplier",
+)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -26,8 +31,9 @@ class PretrainOptimConstructor:
 
     Args:
         optim_wrapper_cfg: ``dict(type='PretrainOptimWrapper', optimizer=dict(type='AdamW', ...))``.
-        paramwise_cfg: ``layerwise_decay`` (1.0), ``patch_embed_lr_mult`` (1.0) and
-            ``dino_head_wd_multiplier`` (1.0; weight decay of the DINO head).
+        paramwise_cfg: ``layerwise_decay`` (1.0), ``patch_embed_lr_mult`` (1.0), ``head_lr_mult``
+            (1.0; learning rate of everything but the backbone) and ``dino_head_wd_multiplier``
+            (1.0; weight decay of the DINO head).
 
     Raises:
         ValueError: An unknown or non-positive paramwise setting, no ``optimizer``, a model without
@@ -50,6 +56,7 @@ class PretrainOptimConstructor:
         self.wrapper_cfg = {k: v for k, v in optim_wrapper_cfg.items() if k != "optimizer"}
         self.optimizer_cfg = dict(optim_wrapper_cfg["optimizer"])
         self.head_wd_multiplier = paramwise_cfg.pop("dino_head_wd_multiplier", 1.0)
+        self.head_lr_mult = paramwise_cfg.pop("head_lr_mult", 1.0)
         self.paramwise_cfg = paramwise_cfg
 
     def __call__(self, model: nn.Module):
@@ -65,8 +72,13 @@ class PretrainOptimConstructor:
         groups = []
         for name, module in student.named_children():
             wd_multiplier = self.head_wd_multiplier if name == "dino_head" else 1.0
+            lr_multiplier = 1.0 if name == BACKBONE else self.head_lr_mult
             groups += build_param_groups(
-                module, name, wd_multiplier=wd_multiplier, **self.paramwise_cfg
+                module,
+                name,
+                lr_multiplier=lr_multiplier,
+                wd_multiplier=wd_multiplier,
+                **self.paramwise_cfg,
             )
         if not groups:
             raise ValueError("no parameter of the student requires a gradient: nothing to train")

@@ -9,6 +9,8 @@ from torch import nn
 _WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\.")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _STEM = ("cls_token", "storage_tokens", "mask_token", "pos_embed", "patch_embed.")
+# The sub-module of the student that starts from trained weights when training is continued.
+BACKBONE = "backbone"
 _UNDECAYED = ("norm", "gamma", "fourier_w")
 
 
@@ -33,6 +35,7 @@ def param_multipliers(
     depth: int,
     layerwise_decay: float = 1.0,
     patch_embed_lr_mult: float = 1.0,
+    lr_multiplier: float = 1.0,
     wd_multiplier: float = 1.0,
 ) -> ParamMultipliers:
     """Return the multipliers of a parameter from its name.
@@ -46,6 +49,7 @@ def param_multipliers(
         depth: Number of blocks of the sub-module, 0 for heads and convolutional backbones.
         layerwise_decay: Factor per layer.
         patch_embed_lr_mult: Extra factor of the patch embedding.
+        lr_multiplier: Factor of the whole sub-module.
         wd_multiplier: Weight-decay factor of what is decayed.
     """
     block = _BLOCK.match(name)
@@ -55,7 +59,7 @@ def param_multipliers(
         layer = int(block.group(1)) + 1
     else:
         layer = depth + 1
-    lr_multiplier = layerwise_decay ** (depth + 1 - layer)
+    lr_multiplier *= layerwise_decay ** (depth + 1 - layer)
     if name.startswith("patch_embed."):
         lr_multiplier *= patch_embed_lr_mult
     undecayed = name.endswith("bias") or any(part in name for part in _UNDECAYED)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.model.weight_init import initialize
 from mmengine.registry import MODELS
@@ -44,8 +45,9 @@ class DINOv3(BaseModel):
     pairs (8/9 and 1/9 for eight local crops).
 
     Args:
-        backbone: config of the backbone, or the module: ``embed_dims``, ``patch_size`` and
-            ``forward_tokens(images, masks)`` as in ``DINOv3ViT``, no batch normalisation.
+        backbone: config of the backbone, or the module: ``embed_dims``, ``token_stride`` (pixels
+            between neighbouring patch tokens) and ``forward_tokens(images, masks)`` as in
+            ``DINOv3ViT``, no batch normalisation.
         dino_head: config of the head on CLS tokens; ``in_dims`` follows from the backbone.
         ibot_head: config of the head on masked patches.
         dino: ``weight`` (1), ``global_ignore_diagonal`` (True: a global crop is not compared with
@@ -63,8 +65,9 @@ class DINOv3(BaseModel):
         student_temp: temperature of the student's softmax.
         compute_dtype: 'fp32', or 'bf16' for bfloat16 autocast in backbones and heads; losses are
             always float32.
-        mask_student: hide the masked patches from the student. Off, the student sees all patches
-            and the iBOT term is still evaluated on the masked ones.
+        mask_student: hide the masked patches from the student, which needs a backbone with a
+            ``mask_token``. Off, the student sees all patches and the iBOT term is still evaluated
+            on the masked ones; the way of the ConvNeXts.
         start_from: a training state or teacher export with both heads, in any format that
             ``load_weights`` reads: student and teacher start from it (high-resolution stage).
         data_preprocessor: default ``MultiCropPreprocessor`` with ImageNet statistics.
@@ -79,7 +82,8 @@ class DINOv3(BaseModel):
 
     Raises:
         ValueError: settings that are unknown, out of range or contradict each other; a backbone
-            with batch normalisation, through which the images of a batch would see each other.
+            with batch normalisation, through which the images of a batch would see each other;
+            ``mask_student`` with a backbone that cannot be masked.
     """
 
     def __init__(
@@ -119,6 +123,12 @@ class DINOv3(BaseModel):
         self.step_values: dict[str, float | Tensor] = {}
 
         self.student = build_student(backbone, dino_head, ibot_head)
+        if mask_student and not hasattr(self.student.backbone, "mask_token"):
+            raise ValueError(
+                f"{type(self.student.backbone).__name__} has no mask token, so patches cannot be "
+                "hidden from it; set mask_student=False, which evaluates the iBOT term on patches "
+                "that the student sees"
+            )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         if self.gram is not None and self.gram["teacher"] == "frozen":
             self.gram_teacher = GramTeacher(self.student.backbone)
@@ -132,6 +142,8 @@ class DINOv3(BaseModel):
             initialize(self, self.init_cfg)
         if self.start_from is not None:
             load_student(self.student, self.start_from)
+        elif self.student.backbone.init_cfg:
+            print_log("heads: random; teacher: a copy of the student", logger="current")
         self.teacher.load_state_dict(self.student.state_dict())
         if hasattr(self, "gram_teacher"):
             self.gram_teacher.backbone.load_state_dict(self.student.backbone.state_dict())
@@ -347,7 +359,7 @@ class DINOv3(BaseModel):
         with self._autocast(crops):
             tokens = backbone.forward_tokens(crops).patches
         return resize_to_student(
-            tokens, crops, batch["global_crops"], backbone.patch_size, self.gram
+            tokens, crops, batch["global_crops"], backbone.token_stride, self.gram
         )
 
     def _autocast(self, images: Tensor) -> AbstractContextManager:

@@ -118,12 +118,12 @@ def resize_to_student(
     tokens: Tensor,
     teacher_images: Tensor,
     student_images: Tensor,
-    patch_size: int,
+    token_stride: int,
     options: Mapping[str, Any],
 ) -> Tensor:
     """Bring the teacher's tokens of ``teacher_images`` onto the grid of ``student_images``."""
     source, target = (
-        (images.shape[-2] // patch_size, images.shape[-1] // patch_size)
+        (images.shape[-2] // token_stride, images.shape[-1] // token_stride)
         for images in (teacher_images, student_images)
     )
     return resize_tokens(

@@ -1,0 +1,5 @@
+# The same with a Gram teacher:
+#   bash tools/dist_train.sh configs/dinov3/continue_gram_vitb16.py GPUS --data DIR --weights FILE
+_base_ = ['../_base_/continue_gram.py']
+
+model = dict(backbone=dict(arch='base'))

@@ -1,0 +1,5 @@
+# Continue DINOv3 ViT-S+/16 on your images:
+#   bash tools/dist_train.sh configs/dinov3/continue_vits16plus.py GPUS --data DIR --weights FILE
+_base_ = ['../_base_/continue.py']
+
+model = dict(backbone=dict(arch='small_plus'))

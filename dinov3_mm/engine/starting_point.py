@@ -1,0 +1,159 @@
+"""Where a run starts: the images and the weights that a command line gives, and their checks."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+from dinov3_mm.checkpoints.released import released_file
+from dinov3_mm.checkpoints.statistics import Statistics, find_statistics
+from dinov3_mm.engine.autoscale import RECORD
+from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.models.backbones.zoo import ZOO
+
+FOLDER = "ImageFolder"
+INITIALIZER = "DINOv3Pretrained"
+
+
+def set_data(cfg: Config, folder: str) -> None:
+    """Make ``folder`` the root of every ``ImageFolder`` that is trained on or evaluated.
+
+    Raises:
+        ConfigError: the config does not read a folder, or there is none.
+    """
+    source = cfg.get("train_dataloader", {}).get("source", {})
+    if not list(_folders(source)):
+        raise ConfigError(
+            f"--data: this config trains on {source.get('type')!r}; --data needs one whose "
+            f"train_dataloader.source is dict(type={FOLDER!r}, root=...)"
+        )
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise ConfigError(f"--data: {path} {what}; give the folder that holds the images")
+    for part in (source, *(hook for hook in cfg.get("custom_hooks", []))):
+        for place in _folders(part):
+            place["root"] = str(path)
+
+
+def set_weights(cfg: Config, weights: str) -> None:
+    """Let the student start from ``weights``, and the Gram teacher where it reads a file.
+
+    Args:
+        cfg: a config whose backbone has ``init_cfg=dict(type='DINOv3Pretrained', ...)``.
+        weights: file, folder, URL or hub repository, or the name of a released checkpoint whose
+            file lies in torch hub's cache.
+
+    Raises:
+        ConfigError: the config does not take weights, or they are not there.
+    """
+    init_cfg = _initializer(cfg)
+    if init_cfg is None:
+        raise ConfigError(
+            "--weights: this config starts from random weights; --weights needs one with "
+            f"model.backbone.init_cfg=dict(type={INITIALIZER!r}, checkpoint=...), such as those of "
+            "configs/dinov3/continue_*.py"
+        )
+    init_cfg["checkpoint"] = _locate(weights)
+    for hook in cfg.get("custom_hooks", []):
+        if hook["type"] == "GramAnchorHook" and "checkpoint" in hook:
+            hook["checkpoint"] = init_cfg["checkpoint"]
+
+
+def settle_weights(cfg: Config, stored: Mapping | None = None) -> list[str]:
+    """Refuse a run that would silently start from random weights; adopt the weights' statistics.
+
+    A run that goes on from a training checkpoint has its weights there; the file that it once
+    started from is not read again. The input statistics of the weights become those of the
+    preprocessor, unless the config has its own.
+
+    Args:
+        cfg: a pretraining config, changed in place.
+        stored: what the resumed run derived, see :func:`resolve_auto`.
+
+    Returns:
+        Lines for the log.
+
+    Raises:
+        ConfigError: an initializer without a checkpoint.
+    """
+    init_cfg = _initializer(cfg)
+    if init_cfg is None:
+        return []
+    if cfg.get("resume") or cfg.get("load_from"):
+        cfg.model["backbone"]["init_cfg"] = None
+        if stored and "statistics" in stored:
+            return [_set_statistics(cfg, Statistics(*stored["statistics"]))]
+        return []
+    if init_cfg.get("checkpoint") is None:
+        raise ConfigError(
+            "no weights to continue from: this config would start from random ones. Give them with "
+            "--weights FILE (an official .pth, a Hugging Face or timm file or folder, an export), "
+            "or set model.backbone.init_cfg=None to train from scratch"
+        )
+    return [_set_statistics(cfg, _statistics_of(init_cfg["checkpoint"]))]
+
+
+def settle_data(cfg: Config) -> None:
+    """Refuse a run whose images nobody has named.
+
+    Raises:
+        ConfigError: an ``ImageFolder`` without root.
+    """
+    source = cfg.get("train_dataloader", {}).get("source", {})
+    if any(place.get("root") is None for place in _folders(source)):
+        raise ConfigError("no images to train on: give their folder with --data DIR")
+
+
+def _initializer(cfg: Config) -> dict | None:
+    init_cfg = (cfg.get("model", {}).get("backbone") or {}).get("init_cfg")
+    is_ours = isinstance(init_cfg, Mapping) and init_cfg.get("type") == INITIALIZER
+    return init_cfg if is_ours else None
+
+
+def _folders(part: object) -> Iterator[dict]:
+    """Configs of type ImageFolder in ``part``."""
+    if isinstance(part, Mapping):
+        if part.get("type") == FOLDER:
+            yield part
+        for value in part.values():
+            yield from _folders(value)
+
+
+def _locate(weights: str) -> str:
+    """Path of the file that a released checkpoint's name stands for; anything else as it is."""
+    path = Path(weights).expanduser()
+    if path.exists():
+        return str(path)
+    row = ZOO.get(weights) or next((r for r in ZOO.values() if r.official_name == weights), None)
+    if row is not None:
+        try:
+            return str(released_file(row))
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(f"--weights: {error}") from error
+    if path.suffix or path.is_absolute():
+        raise ConfigError(f"--weights: {path} does not exist")
+    return weights
+
+
+def _statistics_of(weights: str) -> Statistics | None:
+    path = Path(weights).expanduser()
+    return find_statistics(path) if path.exists() else None
+
+
+def _set_statistics(cfg: Config, statistics: Statistics | None) -> str:
+    """Normalise inputs as the weights expect them, and say so."""
+    preprocessor = cfg.model.get("data_preprocessor") or {"type": "MultiCropPreprocessor"}
+    if "mean" in preprocessor:
+        return f"input statistics: mean {preprocessor['mean']}, std {preprocessor['std']} (config)"
+    if statistics is None:
+        return (
+            "input statistics: ImageNet's, as the weights do not state any; set "
+            "model.data_preprocessor.mean and .std if they were trained with others"
+        )
+    mean, std = list(statistics.mean), list(statistics.std)
+    cfg.model["data_preprocessor"] = ConfigDict({**preprocessor, "mean": mean, "std": std})
+    cfg[RECORD] = ConfigDict(
+        {**(cfg.get(RECORD) or {}), "statistics": [mean, std, statistics.name]}
+    )
+    return f"input statistics: mean {mean}, std {std} ({statistics.name})"
