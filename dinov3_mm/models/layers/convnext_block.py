@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .linear import Linear
 from .norm import LayerNorm
+
+# Inference on the CPU runs as many positions at a time as keep the hidden layer within this many
+# bytes: it stays in the cache, and its buffer is kept by the allocator. Buffers of 32 MiB and more
+# are mapped afresh by the operating system each time, page fault by page fault.
+_CHUNK_BYTES = 8 * 2**20
 
 
 class PatchConv2d(nn.Conv2d):
@@ -50,8 +56,8 @@ class ConvNeXtBlock(nn.Module):
         )
         self.dwconv = nn.Conv2d(dims, dims, 7, padding=3, groups=dims)
         self.norm = LayerNorm(dims, eps=1e-6)
-        self.pwconv1 = nn.Linear(dims, 4 * dims)
-        self.pwconv2 = nn.Linear(4 * dims, dims)
+        self.pwconv1 = Linear(dims, 4 * dims)
+        self.pwconv2 = Linear(4 * dims, dims)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Run the block.
@@ -61,11 +67,32 @@ class ConvNeXtBlock(nn.Module):
             scale: factor on the residual of each image (B, 1, 1, 1), see :meth:`draw_scale`.
         """
         branch = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        rows = self._max_chunk_rows(x)
+        if rows is None:
+            return self._add_pointwise(x, branch, scale)
+        # Positions are independent of each other.
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        parts = (tensor.reshape(-1, x.shape[-1]).split(rows) for tensor in (out, x, branch))
+        for out_part, x_part, branch_part in zip(*parts):
+            out_part.copy_(self._add_pointwise(x_part, branch_part, None))
+        return out
+
+    def _add_pointwise(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+        """``x`` plus the scaled pointwise layers of ``branch``, both (..., C)."""
         branch = self.pwconv2(F.gelu(self.pwconv1(self.norm(branch))))
         gamma = None if self.gamma is None else self.gamma.to(x.dtype)
         if scale is not None:
             gamma = scale.to(x.dtype) if gamma is None else gamma * scale.to(x.dtype)
         return x + branch if gamma is None else torch.addcmul(x, branch, gamma)
+
+    def _max_chunk_rows(self, x: Tensor) -> int | None:
+        """Positions to run at a time, None for all."""
+        if self.training or torch.is_grad_enabled() or x.device.type != "cpu":
+            return None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        rows = _CHUNK_BYTES // (self.pwconv1.out_features * x.element_size())
+        return rows if rows < x.numel() // x.shape[-1] else None
 
     def draw_scale(self, images: int, device: torch.device) -> Tensor | None:
         """Draw which images keep the residual: 0, or 1 / (1 - drop_rate); None in eval mode."""
