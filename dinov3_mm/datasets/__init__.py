@@ -18,7 +18,7 @@ from dinov3_mm.datasets.sources import (
 )
 from dinov3_mm.datasets.statistics import ChannelStatistics, channel_statistics
 from dinov3_mm.datasets.synthetic_scenes import SyntheticScenes
-from dinov3_mm.datasets.transforms import MultiCrop
+from dinov3_mm.datasets.transforms import MultiCrop, MultiResolutionCrop
 
 __all__ = [
     "BatchLayout",
@@ -33,6 +33,7 @@ __all__ = [
     "MultiCrop",
     "MultiCropCollate",
     "MultiCropDataset",
+    "MultiResolutionCrop",
     "Permutation",
     "PositionBatchSampler",
     "PretrainDataLoader",

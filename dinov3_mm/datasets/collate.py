@@ -13,7 +13,7 @@ class MultiCropCollate:
     counter and gives the same batch in any worker.
 
     Args:
-        global_size (int): Side of the global crops in pixels.
+        global_size (int | list[int]): Side of the global crops in pixels; every side that occurs.
         patch_size (int): Side of a patch in pixels.
         mask_probability (float): Share of global crops that get a mask.
         mask_ratio (tuple[float, float]): Smallest and largest share of hidden patches.
@@ -30,7 +30,7 @@ class MultiCropCollate:
 
     def __init__(
         self,
-        global_size: int,
+        global_size: int | list[int],
         patch_size: int,
         *,
         mask_probability: float = 0.5,
@@ -41,14 +41,18 @@ class MultiCropCollate:
         global_batch_size: int,
         accumulate: int = 1,
     ) -> None:
-        self.planner = MaskPlanner(
-            global_size,
-            patch_size,
-            probability=mask_probability,
-            ratio=mask_ratio,
-            random_shift=random_shift,
-            scope=mask_scope,
-        )
+        sides = {global_size} if isinstance(global_size, int) else set(global_size)
+        self.planners = {
+            side: MaskPlanner(
+                side,
+                patch_size,
+                probability=mask_probability,
+                ratio=mask_ratio,
+                random_shift=random_shift,
+                scope=mask_scope,
+            )
+            for side in sides
+        }
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.micro_batch_size = global_batch_size // accumulate
@@ -75,7 +79,8 @@ class MultiCropCollate:
                 "a batch must hold consecutive positions of one micro batch of "
                 f"{self.micro_batch_size}, got {positions.tolist()}"
             )
-        masks = self.planner(self.seed, micro_iteration, first, count, self.micro_batch_size)
+        planner = self.planners[samples[0]["global_crops"][0].shape[-1]]
+        masks = planner(self.seed, micro_iteration, first, count, self.micro_batch_size)
         batch = {
             key: stack_crops([sample[key] for sample in samples])
             for key in ("global_crops", "local_crops", "gram_crops")

@@ -72,7 +72,7 @@ def build_pretrain_dataloader(
 
     Args:
         cfg (dict): ``source`` (DATASETS config), ``transform`` (TRANSFORMS config, type
-            ``MultiCrop`` by default), ``masking`` (dict of ``patch_size`` = 16,
+            ``MultiCrop`` by default, or ``MultiResolutionCrop``), ``masking`` (``patch_size`` = 16,
             ``mask_probability``, ``mask_ratio``, ``random_shift``, ``mask_scope``),
             ``small_images`` (``'error'`` or ``'upscale'``), ``min_image_size`` (the global crop
             size by default), ``num_workers`` (by default the cores per local rank, at most 8),
@@ -108,15 +108,17 @@ def build_pretrain_dataloader(
     transform = TRANSFORMS.build(
         {"type": "MultiCrop", **copy.deepcopy(dict(cfg.get("transform", {})))}
     )
-    _check_sizes(transform, masking["patch_size"])
+    for variant in transform.variants:
+        _check_sizes(variant, masking["patch_size"])
+    sides = [variant.global_size for variant in transform.variants]
     source = DATASETS.build(copy.deepcopy(dict(cfg["source"])))
     num_channels = check_source(
         source,
-        cfg.get("min_image_size") or transform.global_size,
+        cfg.get("min_image_size") or min(sides),
         cfg.get("small_images", "error"),
     )
     collate = MultiCropCollate(
-        transform.global_size,
+        sides,
         **masking,
         seed=seed,
         global_batch_size=global_batch_size,

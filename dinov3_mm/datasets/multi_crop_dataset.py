@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 from dinov3_mm.datasets.randomness import sample_generator
 from dinov3_mm.datasets.sources import BrokenImageError, ImageSource
 from dinov3_mm.datasets.sources.mixture import order_of
-from dinov3_mm.datasets.transforms import MultiCrop
+from dinov3_mm.datasets.transforms import MultiCrop, MultiResolutionCrop
 
 _MAX_REPLACEMENTS = 50
 
@@ -21,9 +21,11 @@ class MultiCropDataset(Dataset):
 
     Args:
         source (ImageSource): The images.
-        transform (MultiCrop): ``transform(image, rng) -> dict`` of crop lists.
+        transform (MultiCrop | MultiResolutionCrop): ``transform.at(iteration)(image, rng)`` is a
+            dict of crop lists.
         seed (int): Seed of the run.
-        global_batch_size (int): Images per optimizer step; mixtures of whole batches ask for it.
+        global_batch_size (int): Images per optimizer step, by which a position belongs to an
+            iteration.
         num_channels (int | None): An image with another number of channels counts as unreadable;
             None: any number will do.
 
@@ -34,7 +36,7 @@ class MultiCropDataset(Dataset):
     def __init__(
         self,
         source: ImageSource,
-        transform: MultiCrop,
+        transform: MultiCrop | MultiResolutionCrop,
         seed: int = 0,
         *,
         global_batch_size: int = 1,
@@ -46,6 +48,7 @@ class MultiCropDataset(Dataset):
         self.transform = transform
         self.seed = seed
         self.num_channels = num_channels
+        self.global_batch_size = global_batch_size
         self._order = order_of(source, seed, global_batch_size)
 
     def __len__(self) -> int:
@@ -67,7 +70,8 @@ class MultiCropDataset(Dataset):
             RuntimeError: If no image could be read in many tries.
         """
         image, broken = self._load(position)
-        sample = self.transform(image, sample_generator(self.seed, "augment", position))
+        transform = self.transform.at(position // self.global_batch_size)
+        sample = transform(image, sample_generator(self.seed, "augment", position))
         sample["position"] = position
         sample["broken"] = broken
         return sample

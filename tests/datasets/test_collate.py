@@ -55,7 +55,7 @@ def test_mask_tensors(case):
     collate = make_collate(
         case["img"], count, mask_probability=case["mask_probability"], mask_ratio=case["ratio"]
     )
-    batch = collate(make_samples(count))
+    batch = collate(make_samples(count, size=case["img"]))
     masks = batch["masks"]
     assert list(masks.shape) == case["masks_shape"]
     assert batch["num_masked"].tolist() == case["n_masked_patches"]

@@ -134,6 +134,15 @@ class MultiCrop:
                 f"global_size={self.global_size} and local_size={self.local_size}"
             )
 
+    @property
+    def variants(self) -> list["MultiCrop"]:
+        """All sets of crop sizes: this one."""
+        return [self]
+
+    def at(self, iteration: int) -> "MultiCrop":
+        """The transform of an iteration: always this one."""
+        return self
+
     def draw(
         self, height: int, width: int, rng: np.random.Generator, num_channels: int = 3
     ) -> MultiCropParams:
