@@ -2,5 +2,6 @@
 
 from dinov3_mm.datasets.transforms.inference import make_transform
 from dinov3_mm.datasets.transforms.multi_crop import PAPER_BLUR, RELEASED_BLUR, MultiCrop
+from dinov3_mm.datasets.transforms.multi_resolution import MultiResolutionCrop
 
-__all__ = ["PAPER_BLUR", "RELEASED_BLUR", "MultiCrop", "make_transform"]
+__all__ = ["PAPER_BLUR", "RELEASED_BLUR", "MultiCrop", "MultiResolutionCrop", "make_transform"]
