@@ -116,10 +116,12 @@ def test_every_variant_is_tested():
     assert {name for name in SCALARS if name.startswith("variant")} == VARIANTS.keys() - {"main"}
 
 
+@pytest.mark.parametrize("prototype_chunk_size", [None, 7])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_losses(name):
+def test_losses(name, prototype_chunk_size):
     expected = SCALARS[name]
-    losses = run_losses(build_model(**VARIANTS[name]), expected)
+    model = build_model(**VARIANTS[name], prototype_chunk_size=prototype_chunk_size)
+    losses = run_losses(model, expected)
     assert losses.keys() == LOG_KEYS.keys()
     for ours, theirs in LOG_KEYS.items():
         assert_parity(losses[ours], torch.tensor(expected[theirs]), LOSS_TOLERANCE)
@@ -135,20 +137,21 @@ def test_views_of_teacher_student_and_gram_teacher():
     for actual, name in (
         (teacher.cls.unflatten(0, (2, 4)), "teacher_out.cls_pre_head"),
         (teacher.patches.unflatten(0, (2, 4))[:, :2], "teacher_out.patch_pre_head_first2"),
-        (teacher.cls_probs.unflatten(0, (2, 4)), "teacher_out.cls_centered"),
-        (teacher.patch_probs, "teacher_out.masked_patch_centered"),
+        (teacher.cls_targets.unflatten(0, (2, 4)), "teacher_out.cls_centered"),
+        (teacher.patch_targets, "teacher_out.masked_patch_centered"),
         (student.global_cls.unflatten(0, (2, 4)), "student_global.cls_pre_head"),
         (student.patches.unflatten(0, (2, 4))[:, :2], "student_global.patch_pre_head_first2"),
-        (student.global_logits.unflatten(0, (2, 4)), "student_global.cls_after_head"),
-        (student.local_logits.unflatten(0, (4, 4)), "student_local.cls_after_head"),
-        (student.patch_logits, "student_global.masked_patch_after_head"),
+        (student.global_scores.unflatten(0, (2, 4)), "student_global.cls_after_head"),
+        (student.local_scores.unflatten(0, (4, 4)), "student_local.cls_after_head"),
+        (student.patch_scores, "student_global.masked_patch_after_head"),
         (gram[:2], "gram_out.teacher_patches_resized_first2"),
     ):
         assert_parity(actual, TENSORS[name])
 
 
-def test_gradients():
-    model = build_model()
+@pytest.mark.parametrize("prototype_chunk_size", [None, 7])
+def test_gradients(prototype_chunk_size):
+    model = build_model(prototype_chunk_size=prototype_chunk_size)
     run_losses(model, SCALARS["main"])["loss"].backward()
     grads = {name: p.grad for name, p in model.student.named_parameters()}
     stored = [key.removeprefix("grad.") for key in TENSORS if key.startswith("grad.")]

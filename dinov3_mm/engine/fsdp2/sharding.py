@@ -84,6 +84,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, policy: ShardingPolicy) -> n
                 _shard_backbone(child, settings, policy.num_prefetch)
             else:
                 fully_shard(child, **settings)
+                register_fsdp_forward_method(child, "project_and_prototypes")
     return model
 
 

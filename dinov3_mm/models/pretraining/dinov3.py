@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dinov3_mm.suggest import hint
 
-from ..losses import sinkhorn_knopp
+from .comparison import ChunkedComparison, WholeComparison
 from .diagnostics import diagnose
 from .gram_teacher import GramTeacher, gram_term, resize_to_student
 from .options import (
@@ -65,6 +65,10 @@ class DINOv3(BaseModel):
         student_temp: temperature of the student's softmax.
         compute_dtype: 'fp32', or 'bf16' for bfloat16 autocast in backbones and heads; losses are
             always float32.
+        prototype_chunk_size: compare student and teacher in chunks of this many prototypes, and
+            recompute their logits instead of storing them: the losses are the same to rounding and
+            need no memory that grows with the number of prototypes times that of the samples.
+            None compares whole matrices of logits.
         mask_student: hide the masked patches from the student, which needs a backbone with a
             ``mask_token``. Off, the student sees all patches and the iBOT term is still evaluated
             on the masked ones; the way of the ConvNeXts.
@@ -98,6 +102,7 @@ class DINOv3(BaseModel):
         gram: dict | None = None,
         student_temp: float = 0.1,
         compute_dtype: str = "fp32",
+        prototype_chunk_size: int | None = None,
         mask_student: bool = True,
         start_from: str | os.PathLike | None = None,
         data_preprocessor: dict | nn.Module | None = None,
@@ -117,6 +122,11 @@ class DINOv3(BaseModel):
             )
         self.student_temp = student_temp
         self.compute_dtype = compute_dtype
+        self.comparison = (
+            WholeComparison()
+            if prototype_chunk_size is None
+            else ChunkedComparison(prototype_chunk_size)
+        )
         self.mask_student = mask_student
         self.start_from = start_from
         self.collect_diagnostics = False
@@ -282,6 +292,7 @@ class DINOv3(BaseModel):
                 teacher,
                 student,
                 batch,
+                comparison=self.comparison,
                 num_local=num_local,
                 local_weight=self.step_values.get("dino_local_weight", 1.0),
                 student_temp=self.student_temp,
@@ -294,7 +305,8 @@ class DINOv3(BaseModel):
                 total = total if gram_total is None else total + gram_total
                 logs.update(gram_logs)
             if self.collect_diagnostics:
-                logs.update(diagnose(teacher.cls, teacher.patches, teacher.cls_probs))
+                probabilities = self.comparison.probabilities(teacher.cls_targets)
+                logs.update(diagnose(teacher.cls, teacher.patches, probabilities))
         return {"loss": total, **{name: value.detach() for name, value in logs.items()}}
 
     @torch.no_grad()
@@ -303,14 +315,14 @@ class DINOv3(BaseModel):
         with self._autocast(batch["global_crops"]):
             tokens = self.teacher.backbone.forward_tokens(batch["global_crops"])
             masked = tokens.patches.flatten(0, 1).index_select(0, batch["mask_indices"])
-            patch_logits = self.teacher.ibot_head(masked)
-            cls_logits = self.teacher.dino_head(tokens.cls)
+            patch_scores = self.comparison.scores(self.teacher.ibot_head, masked)
+            cls_scores = self.comparison.scores(self.teacher.dino_head, tokens.cls)
         temp = self.step_values["teacher_temp"]
         return TeacherView(
             tokens.cls,
             tokens.patches,
-            sinkhorn_knopp(cls_logits, temp),
-            sinkhorn_knopp(patch_logits, temp),
+            self.comparison.assignments(cls_scores, temp),
+            self.comparison.assignments(patch_scores, temp),
         )
 
     def _run_student(self, batch: Mapping[str, Tensor]) -> StudentView:
@@ -320,10 +332,11 @@ class DINOv3(BaseModel):
         with self._autocast(images[0]):
             tokens, local_tokens = self.student.backbone.forward_tokens(images, masks)
             masked = tokens.patches.flatten(0, 1).index_select(0, batch["mask_indices"])
-            patch_logits = self.student.ibot_head(masked)
-            logits = self.student.dino_head(torch.cat((tokens.cls, local_tokens.cls)))
-        global_logits, local_logits = logits.split((len(tokens.cls), len(local_tokens.cls)))
-        return StudentView(tokens.cls, tokens.patches, global_logits, local_logits, patch_logits)
+            patch_scores = self.comparison.scores(self.student.ibot_head, masked)
+            all_cls = torch.cat((tokens.cls, local_tokens.cls))
+            cls_scores = self.comparison.scores(self.student.dino_head, all_cls)
+        parts = self.comparison.split(cls_scores, (len(tokens.cls), len(local_tokens.cls)))
+        return StudentView(tokens.cls, tokens.patches, *parts, patch_scores)
 
     def _gram_term(
         self, teacher: TeacherView, student: StudentView, batch: Mapping[str, Tensor]

@@ -67,6 +67,15 @@ class DINOHead(BaseModule):
         x = self.mlp(x)
         return F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
 
+    def project_and_prototypes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the logits in the compute dtype: features (n, b) and prototypes (K, b).
+
+        The prototypes are a copy, which outlives the gathered parameter of a sharded head.
+        """
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return self.project(x).to(dtype), self.last_layer.weight.to(dtype, copy=True)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the prototype logits: (..., in_dims) -> (..., num_prototypes)."""
         return self.last_layer(self.project(x))

@@ -6,28 +6,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses import dino_loss, ibot_loss, koleo_loss
-
-NUM_GLOBAL_CROPS = 2
+from ..losses import koleo_loss
+from .comparison import NUM_GLOBAL_CROPS, ChunkedComparison, WholeComparison
 
 
 class TeacherView(NamedTuple):
-    """What the EMA teacher sees in the global crops: (2B, D), (2B, N, D), (2B, K), (M, K')."""
+    """What the EMA teacher sees in the global crops: CLS (2B, D), patches (2B, N, D), and the
+    assignments of CLS and of masked patches in the form of the comparison.
+    """
 
     cls: Tensor
     patches: Tensor
-    cls_probs: Tensor
-    patch_probs: Tensor
+    cls_targets: Any
+    patch_targets: Any
 
 
 class StudentView(NamedTuple):
-    """What the student sees: CLS before the head (2B, D) and its logits, patches and logits."""
+    """What the student sees: CLS (2B, D) and patches (2B, N, D) before the heads, and the scores
+    of global and local CLS and of masked patches in the form of the comparison.
+    """
 
     global_cls: Tensor
     patches: Tensor
-    global_logits: Tensor
-    local_logits: Tensor
-    patch_logits: Tensor
+    global_scores: Any
+    local_scores: Any
+    patch_scores: Any
 
 
 def image_terms(
@@ -35,6 +38,7 @@ def image_terms(
     student: StudentView,
     batch: Mapping[str, Tensor],
     *,
+    comparison: WholeComparison | ChunkedComparison,
     num_local: int,
     local_weight: float | Tensor,
     student_temp: float,
@@ -50,6 +54,7 @@ def image_terms(
         teacher: the teacher's view of the batch.
         student: the student's view.
         batch: holds ``masks`` and ``masks_weight``.
+        comparison: made the scores and assignments of the views.
         num_local: local crops per image.
         local_weight: further factor of the local DINO term.
         student_temp: temperature of the student's softmax.
@@ -57,20 +62,20 @@ def image_terms(
         ibot: settings of the iBOT term.
         koleo: settings of the KoLeo term.
     """
-    targets = _per_crop(teacher.cls_probs, NUM_GLOBAL_CROPS)
     ignore_diagonal = dino["global_ignore_diagonal"]
-    local_loss = dino_loss(
-        _per_crop(student.local_logits, num_local), targets, student_temp=student_temp
+    local_loss = comparison.dino(
+        student.local_scores, teacher.cls_targets, num_crops=num_local, student_temp=student_temp
     )
-    global_loss = dino_loss(
-        _per_crop(student.global_logits, NUM_GLOBAL_CROPS),
-        targets,
+    global_loss = comparison.dino(
+        student.global_scores,
+        teacher.cls_targets,
+        num_crops=NUM_GLOBAL_CROPS,
         student_temp=student_temp,
         ignore_diagonal=ignore_diagonal,
     )
-    patch_loss = ibot_loss(
-        student.patch_logits,
-        teacher.patch_probs,
+    patch_loss = comparison.ibot(
+        student.patch_scores,
+        teacher.patch_targets,
         batch["masks_weight"],
         len(batch["masks"]),
         student_temp=student_temp,
