@@ -34,13 +34,14 @@ def open_checkpoint(path: str | os.PathLike) -> OpenedCheckpoint:
             f"no weights at {path}: expected a local file or folder, an http(s) URL, or the name "
             "of a repository on the Hugging Face hub (owner/name)"
         )
+    # First, because these files begin with a length, which may look like the start of any other.
+    if is_safetensors(path):
+        return open_safetensors(path)
     with path.open("rb") as file:
         head = file.read(64)
     is_zip = head.startswith(b"PK\x03\x04")
     if is_zip or head.startswith(b"\x80"):
         return open_torch_file(path, is_zip=is_zip)
-    if is_safetensors(path):
-        return open_safetensors(path)
     if head.lstrip().startswith(b"{"):
         return open_index(path)
     raise ValueError(f"{path} is no weight file: {_guess(head)}")

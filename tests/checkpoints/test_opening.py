@@ -41,6 +41,19 @@ def test_torch_files_are_told_by_content(name, legacy, state, tmp_path):
     assert_same_tensors(tensors, state)
 
 
+def test_a_header_length_that_looks_like_a_pickle_is_none(state, tmp_path):
+    """The first byte is the low byte of the header's length: 0x80 in one file of 32."""
+    path = tmp_path / "weights.safetensors"
+    for padding in range(256):
+        save_file(state, path, metadata={"note": "x" * padding})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    assert path.read_bytes()[:1] == b"\x80"
+    opened, tensors = read_all(path)
+    assert opened.container == ".safetensors"
+    assert_same_tensors(tensors, state)
+
+
 @pytest.mark.parametrize("name", ["weights.pth", "weights.bin"])
 def test_safetensors_are_told_by_content(name, state, tmp_path):
     save_file(state, tmp_path / name)
