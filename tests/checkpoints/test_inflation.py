@@ -13,8 +13,9 @@ from dinov3_mm.checkpoints import (
     read_statistics,
     to_hf,
 )
-from dinov3_mm.checkpoints.inflation import RULES, inflate_first_layer, inflate_kernels
-from tests.checkpoints.toys import assert_same_tensors, tensors_of, toy_backbone
+from dinov3_mm.checkpoints.inflation import RULES, inflate_kernels
+from dinov3_mm.models.backbones import DINOv2ViT, DINOv3ConvNeXt
+from tests.checkpoints.toys import assert_same_tensors, redraw, tensors_of, toy_backbone
 from tests.golden import assert_parity
 
 CHANNELS = (1, 2, 3, 4, 5, 6, 8, 13)
@@ -39,10 +40,8 @@ def normalised(*shape):
 
 def features(backbone, images):
     with torch.no_grad():
-        return torch.cat(
-            [backbone.forward_tokens(images).cls[:, None], backbone.forward_tokens(images).patches],
-            dim=1,
-        )
+        tokens = backbone.forward_tokens(images)
+    return torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -150,14 +149,22 @@ def test_every_way_in(weights, tmp_path):
         build_backbone("dinov3_vits16", in_channels=4, inflate="mean")
 
 
-def test_convnext_stems_are_first_layers_too():
-    name = "downsample_layers.0.0.weight"
-    stored = {name: normalised(8, 3, 4, 4), "head.weight": normalised(2, 2)}
-    target = {name: normalised(8, 5, 4, 4), "head.weight": normalised(2, 2)}
-    state_dict, notes = inflate_first_layer(stored, target, "mean")
-    assert torch.allclose(state_dict[name].sum(1), stored[name].sum(1), atol=1e-6)
-    assert state_dict["head.weight"] is stored["head.weight"]
-    assert notes and stored[name].shape[1] == 3
+@pytest.mark.parametrize(
+    ("backbone", "arch"),
+    [
+        (DINOv3ConvNeXt, {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
+        (DINOv2ViT, {"embed_dims": 32, "num_layers": 2, "num_heads": 2}),
+    ],
+)
+def test_other_families(backbone, arch, tmp_path):
+    rgb = redraw(backbone(arch=arch))
+    path = export_backbone(rgb, tmp_path / "rgb.safetensors")
+    grey = normalised(2, 1, 56, 56)
+    expected = features(rgb, grey.expand(-1, 3, -1, -1))
+    built = build_backbone(path, in_channels=5, inflate="repeat")
+    assert_parity(features(built, grey.expand(-1, 5, -1, -1)), expected)
+    with pytest.raises(ValueError, match="give inflate='mean'"):
+        build_backbone(path, in_channels=5)
 
 
 def test_exports_do_not_claim_statistics_of_other_channels(weights, tmp_path):
