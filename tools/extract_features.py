@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-norm", action="store_true", help="leave the final norm out")
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument(
-        "--image-size", type=image_size, default=224, metavar="SIZE|HxW|native", help="default: 224"
+        "--image-size", type=image_size, metavar="SIZE|HxW|native", help="default: 256"
     )
     inputs.add_argument("--resize", choices=(*RESIZE_MODES, *NATIVE_MODES))
     inputs.add_argument("--interpolation", choices=INTERPOLATIONS, default="bilinear")

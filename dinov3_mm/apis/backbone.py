@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dinov3_mm.checkpoints import Statistics, build_backbone, read_statistics
+from dinov3_mm.checkpoints.released import released_file
 from dinov3_mm.models.backbones.zoo import ZOO, ZooRow
 
 _SAMPLES_PER_TENSOR = 1024
@@ -65,7 +66,7 @@ def open_backbone(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return OpenedBackbone(build_backbone(model), of_row, f"{model}, random weights")
-    weights = weights or _official_file(row, str(model))
+    weights = weights or _released(row)
     module = build_backbone(model, weights)
     return OpenedBackbone(module, _statistics(weights) or of_row, str(weights))
 
@@ -109,16 +110,10 @@ def _statistics(weights: str | os.PathLike) -> Statistics | None:
         return None
 
 
-def _official_file(row: ZooRow, name: str) -> Path:
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / row.file if row.file else None
-    if cached is not None and cached.exists():
-        return cached
-    ways = ["pass their file as weights=FILE"]
-    if cached is not None:
-        ways.append(f"put the official {row.file} into {cached.parent}")
-    if row.hf_id:
-        ways.append(f"use the hub name {row.hf_id!r} instead")
-    raise FileNotFoundError(
-        f"{name} is an architecture, and its weights are not on this machine: {', or '.join(ways)}."
-        " random_init=True gives the features of random weights, a baseline"
-    )
+def _released(row: ZooRow) -> Path:
+    try:
+        return released_file(row)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(
+            f"{error}. random_init=True gives the features of random weights, a baseline"
+        ) from error

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov3_mm.checkpoints import Statistics
+from dinov3_mm.checkpoints.statistics import named_statistics
 from dinov3_mm.datasets.sources import read_image
 from dinov3_mm.evaluation.features import evaluating
 from dinov3_mm.suggest import hint
@@ -30,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # activations stay in the caches and that the threads finish together.
 _TOKENS_PER_THREAD = 1024
 _BATCHES_IN_FLIGHT = 2
+_WAITING_BATCHES = 4
 
 Tag = TypeVar("Tag")
 Result = TypeVar("Result")
@@ -47,8 +49,8 @@ class FeatureExtractor:
             a backbone (``forward_tokens``, ``get_intermediate_layers``, ``token_stride``).
         weights: weights for a name; None takes the official file from torch hub's cache.
         random_init: for a name, keep random weights (seed 0), as a baseline.
-        image_size: side in pixels, (height, width), or 'native' for the size of each image; 224 by
-            default. Multiples of the patch size.
+        image_size: side in pixels, (height, width), or 'native' for the size of each image;
+            multiples of the patch size. Default: 256, or 224 for patches of 14 pixels.
         resize: 'squash' or 'short_side_crop'; for 'native' 'crop' or 'pad'. See
             :class:`ImagePreparation`. Default: the first of the two.
         interpolation: 'bilinear' or 'bicubic'.
@@ -75,7 +77,7 @@ class FeatureExtractor:
         >>> extractor = FeatureExtractor("dinov3_vits16_pretrain_lvd1689m-08c60483.pth")
         >>> features = extractor(["cat.jpg", "dog.jpg"])
         >>> features.cls.shape, features.patches.shape, features.grid
-        (torch.Size([2, 384]), torch.Size([2, 196, 384]), (14, 14))
+        (torch.Size([2, 384]), torch.Size([2, 256, 384]), (16, 16))
     """
 
     def __init__(
@@ -106,7 +108,6 @@ class FeatureExtractor:
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens_per_batch)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected 1 or more")
-        size = parse_image_size(image_size)
         opened = open_backbone(model, weights, random_init=random_init)
         backbone = opened.module
         self.statistics = _statistics(opened.statistics, mean, std)
@@ -114,6 +115,7 @@ class FeatureExtractor:
         self.dtype, self.norm, self.read = dtype, norm, read
         self.layers = resolve_layers(layers, backbone.num_layers)
         self.batch_size, self.max_tokens = batch_size, max_tokens_per_batch
+        size = parse_image_size(image_size, backbone.token_stride)
         self.preparation = ImagePreparation(
             channels=len(self.statistics.mean),
             stride=backbone.token_stride,
@@ -176,8 +178,8 @@ class FeatureExtractor:
         """Features of one image or of several, in their order, as fp32 tensors on the CPU.
 
         Args:
-            images: paths, PIL images, arrays (H, W, C) or tensors (C, H, W), or a batch of tensors
-                (B, C, H, W); pixels are uint8, or floating point in the 0..255 scale.
+            images: paths, PIL images, arrays (H, W, C) or tensors (C, H, W), or a batch as one
+                array or tensor; pixels are uint8, or floating point in the 0..255 scale.
 
         Raises:
             BrokenImageError: If a file cannot be decoded.
@@ -318,19 +320,20 @@ def group_by_size(
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """Batches of images of equal size, as (keys, pixels (B, C, h, w)).
 
-    A batch is given out when it holds ``capacity(height, width)`` images, or when images of so many
-    sizes wait that they are as many as the largest batch.
+    A batch is given out when it holds ``capacity(height, width)`` images, or when the images of
+    other sizes that wait would together fill four batches.
     """
-    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    waiting: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+
+    def filled(shape: torch.Size) -> float:
+        return len(waiting[shape]) / capacity(*shape[1:])
+
     for key, image in images:
-        group = waiting.setdefault(tuple(image.shape), [])
-        group.append((key, image))
-        most = max(capacity(*shape[1:]) for shape in waiting)
-        if len(group) >= capacity(*image.shape[1:]):
-            yield _stacked(waiting.pop(tuple(image.shape)))
-        elif sum(map(len, waiting.values())) >= most:
-            fullest = max(waiting, key=lambda shape: len(waiting[shape]))
-            yield _stacked(waiting.pop(fullest))
+        waiting.setdefault(image.shape, []).append((key, image))
+        if filled(image.shape) >= 1:
+            yield _stacked(waiting.pop(image.shape))
+        elif sum(map(filled, waiting)) >= _WAITING_BATCHES:
+            yield _stacked(waiting.pop(max(waiting, key=filled)))
     for group in waiting.values():
         yield _stacked(group)
 
@@ -346,7 +349,7 @@ def _collect(tag: Tag, futures: list[Future]) -> tuple[Tag, list]:
 
 
 def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    is_batch = isinstance(images, Tensor) and images.ndim == 4
+    is_batch = isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4
     if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, Tensor)) and not is_batch:
         return [images]
     images = list(images)
@@ -369,4 +372,4 @@ def _statistics(
         raise ValueError(
             f"mean={mean} and std={std}: pass both, with one value per channel and std above 0"
         )
-    return Statistics(tuple(map(float, mean)), tuple(map(float, std)))
+    return named_statistics(mean, std)

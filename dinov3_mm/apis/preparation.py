@@ -102,14 +102,20 @@ class ImagePreparation:
         return image[:, : height // self.stride * self.stride, : width // self.stride * self.stride]
 
 
-def parse_image_size(image_size: int | tuple[int, int] | str | None) -> tuple[int, int] | None:
-    """(h, w) of an ``image_size`` argument, None for 'native'; None itself means 224.
+def parse_image_size(
+    image_size: int | tuple[int, int] | str | None, stride: int
+) -> tuple[int, int] | None:
+    """(h, w) of an ``image_size`` argument, None for 'native'.
+
+    None means sixteen patches a side: 256 for patches of 16 pixels, 224 for 14. Larger strides, of
+    which 256 is a multiple, also get 256.
 
     Raises:
         ValueError: If it is neither a side, a pair of sides, nor 'native'.
     """
     if image_size is None:
-        return 224, 224
+        side = 256 if 256 % stride == 0 else 16 * stride
+        return side, side
     if image_size == NATIVE:
         return None
     pair = (image_size, image_size) if isinstance(image_size, int) else image_size
