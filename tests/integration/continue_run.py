@@ -35,7 +35,7 @@ def write_scenes(folder: Path, count: int, *, start: int = 0, size: int = 64) ->
 
 @torch.no_grad()
 def write_released_like(backbone: DINOv3ViT, path: Path) -> Path:
-    """Save a backbone as the official files are: bare keys, qkv bias and mask zero, bf16 periods."""
+    """Save a backbone as official files are: bare keys, qkv bias and mask 0, bf16 periods."""
     state = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     for name, tensor in state.items():
         if name.endswith(("qkv.bias", "qkv.bias_mask")):

@@ -78,3 +78,27 @@ def test_scaling_rule_uses_the_global_batch(caplog):
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=r"freeze_last_layer_iters|scaling_rule"):
         OptimScheduleHook(**arguments)
+
+
+def test_the_backbone_is_frozen_then_warms_up(caplog):
+    hook = OptimScheduleHook(
+        lr=1e-2, weight_decay=0.04, backbone_freeze_iters=1, backbone_warmup_iters=2
+    )
+    with caplog.at_level("INFO", logger="toy"):
+        runner, seen = run(hook)
+    rates = [
+        next(group["lr"] for group in groups if group["submodule"] == "backbone") for groups in seen
+    ]
+    assert rates == pytest.approx([0, 1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert [step["backbone_lr"] for step in runner.history] == pytest.approx(rates)
+    assert all(step["lr"] == 1e-2 for step in runner.history)
+    assert "stays frozen until iteration 1" in caplog.text
+    assert caplog.text.count("iteration 1: the backbone thaws") == 1
+    param = next(runner.model.student["backbone"].parameters())
+    assert runner.optim_wrapper.optimizer.state[param]["step"].item() == 3
+
+
+def test_a_freeze_of_the_whole_run_is_refused():
+    hook = OptimScheduleHook(lr=1e-2, weight_decay=0.04, backbone_freeze_iters=4)
+    with pytest.raises(ValueError, match="leaves nothing of the run's 4 iterations"):
+        run(hook)
