@@ -78,6 +78,13 @@ def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
+def norm_of_eps(eps: float, family: str) -> str:
+    """Name of the LayerNorm with this epsilon; a ``ValueError`` if there is none."""
+    if eps not in _NORM_OF_EPS:
+        raise ValueError(f"layer_norm_eps is {eps}; {family} has {sorted(_NORM_OF_EPS)}")
+    return _NORM_OF_EPS[eps]
+
+
 def _table(gated: bool) -> NameTable:
     return NameTable(_TOP, {**_BLOCK, **(_GATED if gated else _MLP)}, foreign_root="layer")
 
@@ -122,8 +129,5 @@ def _stated(config: Mapping) -> dict:
     if config.get("rope_theta") is not None:
         arch["rope_base"] = float(config["rope_theta"])
     if config.get("layer_norm_eps") is not None:
-        eps = config["layer_norm_eps"]
-        if eps not in _NORM_OF_EPS:
-            raise ValueError(f"layer_norm_eps is {eps}; DINOv3 has {sorted(_NORM_OF_EPS)}")
-        arch["norm_layer"] = _NORM_OF_EPS[eps]
+        arch["norm_layer"] = norm_of_eps(config["layer_norm_eps"], "DINOv3")
     return arch

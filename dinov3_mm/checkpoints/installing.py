@@ -109,9 +109,11 @@ def _refusal(
         "unexpected": differences["unexpected"],
         "wrong shape": shapes,
     }
-    mismatch = checkpoint.layout.family.describe_mismatch(
-        checkpoint.state_dict, module.arch_settings
-    )
+    family, kinds_of_module = checkpoint.layout.family, [cls.__name__ for cls in type(module).mro()]
+    if family.backbone in kinds_of_module:
+        mismatch = family.describe_mismatch(checkpoint.state_dict, module.arch_settings)
+    else:
+        mismatch = f"{family.backbone} in the file but {kinds_of_module[0]} asked for"
     advice = inflation_hint(state_dict, target)
     return "\n  ".join(
         (

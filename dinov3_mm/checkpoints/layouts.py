@@ -1,14 +1,22 @@
 """The table of layouts: how each is recognised and converted to official names."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from .conversion import Conversion, ConversionRequest
+from .convnext_architecture import describe_convnext_mismatch, infer_convnext_arch
+from .dinov2_architecture import describe_dinov2_mismatch, infer_dinov2_arch
+from .hf_convnext import hf_convnext_to_official
+from .hf_dinov2 import hf_dinov2_to_official
 from .hf_vit import hf_to_official
+from .official_convnext import official_convnext_to_official
+from .official_dinov2 import official_dinov2_to_official
 from .official_vit import official_to_official
+from .timm_convnext import timm_convnext_to_official
+from .timm_dinov2 import timm_dinov2_to_official
 from .timm_vit import timm_to_official
 from .vit_architecture import describe_vit_mismatch, infer_vit_arch
 
@@ -48,14 +56,41 @@ class Layout:
 
 
 VIT = Family("DINOv3ViT", infer_vit_arch, describe_vit_mismatch)
+DINOV2 = Family("DINOv2ViT", infer_dinov2_arch, describe_dinov2_mismatch)
+CONVNEXT = Family("DINOv3ConvNeXt", infer_convnext_arch, describe_convnext_mismatch)
+_OFFICIAL_VIT = Layout(
+    "official",
+    "official",
+    VIT,
+    (("rope_embed.periods",), ("storage_tokens",)),
+    official_to_official,
+)
+# In the order in which they are tried: timm's DINOv2 names differ from the official ones by what
+# they lack, and LayerScale alone shows a DINOv3 only if there is no position embedding.
 LAYOUTS = (
+    _OFFICIAL_VIT,
     Layout(
         "official",
-        "official",
-        VIT,
-        (("rope_embed.periods",), ("storage_tokens",), ("blocks.0.ls1.gamma",)),
-        official_to_official,
+        "official DINOv2",
+        DINOV2,
+        (("pos_embed", "mask_token", "patch_embed.proj.weight"),),
+        official_dinov2_to_official,
     ),
+    Layout(
+        "timm",
+        "timm DINOv2",
+        DINOV2,
+        (("pos_embed", "blocks.0.ls1.gamma"),),
+        timm_dinov2_to_official,
+    ),
+    Layout(
+        "hf",
+        "Hugging Face DINOv2",
+        DINOV2,
+        (("embeddings.position_embeddings", "encoder.layer.0.layer_scale1.lambda1"),),
+        hf_dinov2_to_official,
+    ),
+    replace(_OFFICIAL_VIT, signatures=(("blocks.0.ls1.gamma",),)),
     Layout(
         "hf",
         "Hugging Face",
@@ -64,4 +99,28 @@ LAYOUTS = (
         hf_to_official,
     ),
     Layout("timm", "timm", VIT, (("reg_token", "blocks.0.gamma_1"),), timm_to_official),
+    Layout(
+        "official",
+        "official ConvNeXt",
+        CONVNEXT,
+        (("downsample_layers.0.0.weight",),),
+        official_convnext_to_official,
+    ),
+    Layout(
+        "hf",
+        "Hugging Face ConvNeXt",
+        CONVNEXT,
+        (
+            ("stages.0.downsample_layers.0.weight", "layer_norm.weight"),
+            ("model.stages.0.downsample_layers.0.weight", "layer_norm.weight"),
+        ),
+        hf_convnext_to_official,
+    ),
+    Layout(
+        "timm",
+        "timm ConvNeXt",
+        CONVNEXT,
+        (("stem.0.weight", "stages.0.blocks.0.conv_dw.weight"),),
+        timm_convnext_to_official,
+    ),
 )

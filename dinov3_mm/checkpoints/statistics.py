@@ -33,6 +33,15 @@ _BY_TAG = {
 }
 
 
+# Names without such a tag: 'dinov2_vits14' of official files, 'dinov2-small' of Hugging Face.
+_BY_NAME = {
+    name: Statistics(row.mean, row.std, row.data)
+    for row in ZOO.values()
+    if row.data and row.backbone == "DINOv2ViT"
+    for name in (row.official_name, row.hf_id.rpartition("/")[2])
+}
+
+
 def statistics_of_data(name: str) -> Statistics:
     """Statistics of the released models by the name of their pretraining data.
 
@@ -45,18 +54,25 @@ def statistics_of_data(name: str) -> Statistics:
     return known[name]
 
 
-def named_statistics(mean: Any, std: Any) -> Statistics:
-    """Statistics with the name that belongs to the values."""
+def named_statistics(mean: Any, std: Any, backbone: str | None = None) -> Statistics:
+    """Statistics with the name of the first data of the zoo that has these values.
+
+    Args:
+        mean, std: the values.
+        backbone: class name in the MODELS registry; its own data come first.
+    """
     mean, std = tuple(float(m) for m in mean), tuple(float(s) for s in std)
-    known = {(s.mean, s.std): s for s in _BY_TAG.values()}
-    return known.get((mean, std), Statistics(mean, std))
+    rows = [row for row in ZOO.values() if row.data and (row.mean, row.std) == (mean, std)]
+    own = [row for row in rows if row.backbone == backbone]
+    return Statistics(mean, std, (own or rows)[0].data) if rows else Statistics(mean, std)
 
 
 def read_statistics(path: str | os.PathLike) -> Statistics:
     """Input normalisation that belongs to a weight file, folder or URL; no tensor is read.
 
     Our exports state it. For other files the data tag in the name of the file or of its folders
-    decides ('lvd1689m', 'sat493m'), then the preprocessor or model configuration beside it.
+    decides ('lvd1689m', 'sat493m'; DINOv2 files are known by the name of the model), then the
+    preprocessor or model configuration beside it.
 
     Raises:
         FileNotFoundError: If nothing is there.
@@ -80,7 +96,7 @@ def find_statistics(path: Path) -> Statistics | None:
     header = read_export_header(path) if path.is_file() else {}
     stated = header.get("statistics")
     if stated is not None:
-        return named_statistics(stated["mean"], stated["std"])
+        return named_statistics(stated["mean"], stated["std"], header.get("backbone"))
     found = _tagged(path) or _configured(path if path.is_dir() else path.parent)
     channels = header.get("arch", {}).get("in_channels")
     # An export for other channels may keep the name of the RGB weights that it came from.
@@ -92,7 +108,7 @@ def _tagged(path: Path) -> Statistics | None:
     # (models--facebook--dinov3-.../snapshots/<revision>/model.safetensors).
     names = [path.name, *(parent.name for parent in path.absolute().parents[:3])]
     for name in names:
-        for tag, statistics in _BY_TAG.items():
+        for tag, statistics in {**_BY_TAG, **_BY_NAME}.items():
             if tag in name.lower():
                 return statistics
     return None

@@ -43,9 +43,7 @@ def timm_to_official(tensors: Mapping[str, Tensor], request: ConversionRequest) 
     base = request.config.get("model_args", {}).get("rope_temperature")
     state[PERIODS_KEY], periods_note = made_up_periods(head_dims, request, base)
     state["mask_token"] = state["storage_tokens"].new_zeros(1, dims)
-    notes = [periods_note, *notes, "mask token made up (0)"]
-    if [left.pop(name) for name in _CLASSIFIER if name in left]:
-        notes.append("classifier head dropped")
+    notes = [periods_note, *notes, "mask token made up (0)", *drop_classifier(left)]
     biases = _take_biases(left, depth)
     if not biases and request.likely_arch(dims, depth).get("qkv_bias", True):
         biases = {block: state["mask_token"].new_zeros(3 * dims) for block in range(depth)}
@@ -89,6 +87,12 @@ def to_timm(state_dict: Mapping[str, Tensor], *, qkv_bias: bool | None = None) -
                 "convert for a qkvb model"
             )
     return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def drop_classifier(left: dict[str, Tensor]) -> list[str]:
+    """Remove a classifier from ``left``; return notes for the report."""
+    dropped = [left.pop(name) for name in _CLASSIFIER if name in left]
+    return ["classifier head dropped"] if dropped else []
 
 
 def _table(swiglu: bool) -> NameTable:

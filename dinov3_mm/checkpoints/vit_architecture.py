@@ -1,39 +1,35 @@
 """The architecture of ViT weights, read from the names and shapes of their tensors."""
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..models.backbones.vit_variants import VIT_ARCHITECTURES, VIT_DEFAULTS
-from ..models.layers import ffn_hidden_dims
-from .naming import num_blocks
+from .architecture_facts import (
+    axis_size,
+    check_complete,
+    describe_differences,
+    has_name,
+    settings_facts,
+    settings_of,
+    shapes_of,
+    tensor_facts,
+)
 from .periods import PERIODS_KEY
+
+_OWN = ("num_heads", "untie_cls_and_patch_norms", "untie_global_and_local_cls_norm")
 
 
 def vit_facts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """What official ViT weights show about their architecture; None where a tensor is missing."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    dims = _size(shapes, "cls_token", -1)
-    head_dims = 4 * (_size(shapes, PERIODS_KEY, 0) or 0)
-    swiglu = "blocks.0.mlp.w1.weight" in shapes
-    qkv_bias = _has(shapes, ".attn.qkv.bias")
+    shapes = shapes_of(state_dict)
+    facts = tensor_facts(shapes, registers="storage_tokens", gate="mlp.w1")
+    dims, head_dims = facts["embed_dims"], 4 * (axis_size(shapes, PERIODS_KEY, 0) or 0)
     return {
-        "embed_dims": dims,
-        "num_layers": num_blocks(shapes),
+        **facts,
         "num_heads": dims // head_dims if dims and head_dims and dims % head_dims == 0 else None,
-        "patch_size": _size(shapes, "patch_embed.proj.weight", -1),
-        "in_channels": _size(shapes, "patch_embed.proj.weight", 1),
-        "num_registers": _size(shapes, "storage_tokens", 1) or 0,
-        "ffn": "swiglu" if swiglu else "mlp",
-        "ffn_hidden_dims": _size(shapes, f"blocks.0.mlp.{'w1' if swiglu else 'fc1'}.weight", 0),
-        "qkv_bias": qkv_bias,
-        "mask_k_bias": qkv_bias and _has(shapes, ".attn.qkv.bias_mask"),
-        "ffn_bias": _has(shapes, ".mlp.fc1.bias", ".mlp.w1.bias"),
-        "proj_bias": _has(shapes, ".attn.proj.bias"),
-        "layer_scale": _has(shapes, ".ls1.gamma"),
-        "norm": "layernorm" if _has(shapes, ".norm1.bias") else "rmsnorm",
+        "mask_k_bias": facts["qkv_bias"] and has_name(shapes, ".attn.qkv.bias_mask"),
         "untie_cls_and_patch_norms": "cls_norm.weight" in shapes,
         "untie_global_and_local_cls_norm": "local_cls_norm.weight" in shapes,
     }
@@ -41,28 +37,10 @@ def vit_facts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def arch_facts(arch: Mapping[str, Any]) -> dict[str, Any]:
     """The same facts of an architecture dict as the backbones take it."""
-    same = (
-        "embed_dims",
-        "num_layers",
-        "num_heads",
-        "patch_size",
-        "in_channels",
-        "num_registers",
-        "qkv_bias",
-        "ffn_bias",
-        "proj_bias",
-        "untie_cls_and_patch_norms",
-        "untie_global_and_local_cls_norm",
-    )
     return {
-        **{key: arch[key] for key in same},
-        "ffn": "mlp" if arch["ffn_layer"] == "mlp" else "swiglu",
-        "ffn_hidden_dims": ffn_hidden_dims(
-            arch["ffn_layer"], arch["embed_dims"], arch["ffn_ratio"]
-        ),
+        **settings_facts(arch),
+        **{key: arch[key] for key in _OWN},
         "mask_k_bias": arch["qkv_bias"] and arch["mask_k_bias"],
-        "layer_scale": bool(arch["layer_scale_init_value"]),
-        "norm": "rmsnorm" if arch["norm_layer"] == "rmsnorm" else "layernorm",
     }
 
 
@@ -76,54 +54,21 @@ def infer_vit_arch(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         ValueError: If a tensor that carries a size is missing, or the sizes make no sense.
     """
     facts = vit_facts(state_dict)
-    unknown = [key for key, value in facts.items() if value is None]
-    if unknown:
-        raise ValueError(
-            f"the architecture of the weights cannot be told: no {', '.join(unknown)}; tensors are "
-            "missing or of the wrong shape"
-        )
+    check_complete(facts)
     rope = _rope(state_dict[PERIODS_KEY])
     for row in VIT_ARCHITECTURES.values():
         if arch_facts(row) == facts:
             return {**row, **rope}
-    sizes = {key: facts[key] for key in ("embed_dims", "num_layers", "num_heads")}
-    arch = {**sizes, **VIT_DEFAULTS, **{key: facts[key] for key in VIT_DEFAULTS if key in facts}}
-    if facts["norm"] == "rmsnorm":
-        arch["norm_layer"] = "rmsnorm"
-    if not facts["layer_scale"]:
-        arch["layer_scale_init_value"] = 0.0
-    return {**arch, **_ffn(facts["ffn"], facts["embed_dims"], facts["ffn_hidden_dims"]), **rope}
+    return {
+        **settings_of(facts, VIT_DEFAULTS, "swiglu"),
+        "num_heads": facts["num_heads"],
+        **rope,
+    }
 
 
 def describe_vit_mismatch(state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> str:
     """How the architecture in the file differs from the one asked for; empty if it does not."""
-    found, asked = vit_facts(state_dict), arch_facts(arch)
-    return ", ".join(
-        f"{key} {found[key]} in the file but {asked[key]} asked for"
-        for key in found
-        if found[key] != asked[key]
-    )
-
-
-def _size(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> int | None:
-    shape = shapes.get(name, ())
-    return shape[axis] if -len(shape) <= axis < len(shape) else None
-
-
-def _has(names: Iterable[str], *endings: str) -> bool:
-    return any(name.endswith(endings) for name in names)
-
-
-def _ffn(kind: str, dims: int, hidden: int) -> dict[str, Any]:
-    """Name and ratio that give the hidden width."""
-    ratio = hidden / dims if kind == "mlp" else 1.5 * hidden / dims
-    # Widths are truncated products: a quotient that was rounded down needs the next larger value.
-    for candidate in (ratio, math.nextafter(ratio, math.inf)):
-        if ffn_hidden_dims(kind, dims, candidate) == hidden:
-            return {"ffn_layer": kind, "ffn_ratio": candidate}
-    raise ValueError(
-        f"a hidden width of {hidden} is impossible for a SwiGLU: no multiple of 8 (width {dims})"
-    )
+    return describe_differences(vit_facts(state_dict), arch_facts(arch))
 
 
 def _rope(periods: Tensor) -> dict[str, float | None]:
