@@ -8,7 +8,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from dinov3_mm.datasets import SyntheticScenes
-from dinov3_mm.models.backbones import DINOv3ViT
+from dinov3_mm.models.backbones import DINOv3ConvNeXt, DINOv3ViT
 from tests.integration.toy_run import REPOSITORY
 
 # The backbone of the quickstart.
@@ -20,6 +20,7 @@ TOY_ARCH = dict(
     num_registers=1,
     layer_scale_init_value=1.0,
 )
+TOY_CONVNEXT = dict(depths=[1, 1, 1, 1], dims=[16, 32, 48, 64])
 
 
 def write_scenes(folder: Path, count: int, *, start: int = 0, size: int = 64) -> Path:
@@ -54,6 +55,15 @@ def random_released_like(path: Path, arch: dict = TOY_ARCH, seed: int = 0) -> Pa
     return write_released_like(backbone, path)
 
 
+def random_convnext(path: Path, seed: int = 0) -> Path:
+    """A ConvNeXt file under official names, of random weights."""
+    torch.manual_seed(seed)
+    backbone = DINOv3ConvNeXt(arch=dict(TOY_CONVNEXT))
+    backbone.init_weights()
+    torch.save(backbone.state_dict(), path)
+    return path
+
+
 def toy_continue(recipe: str, work_dir: Path, **changes: object) -> Config:
     """A recipe of configs/dinov3 at toy size; ``changes`` are dotted paths with ``__`` for the dot.
 
@@ -66,7 +76,7 @@ def toy_continue(recipe: str, work_dir: Path, **changes: object) -> Config:
     if is_vit:
         cfg.model.backbone.update(arch=dict(TOY_ARCH), patch_size=8, rope_rescale_coords=None)
     else:
-        cfg.model.backbone.arch = dict(depths=[1, 1, 1, 1], dims=[16, 32, 48, 64])
+        cfg.model.backbone.arch = dict(TOY_CONVNEXT)
     for head in (cfg.model.dino_head, cfg.model.ibot_head):
         head.update(hidden_dims=192, bottleneck_dims=64)
     crops = (48, 24) if is_vit else (128, 64)

@@ -11,7 +11,12 @@ from dinov3_mm.engine import ConfigError
 from dinov3_mm.engine.runner.files import checkpoint_path
 from dinov3_mm.engine.runner.training_state import read_training_state
 from dinov3_mm.evaluation.records import read_records
-from tests.integration.continue_run import labelled_noise, random_released_like, toy_continue
+from tests.integration.continue_run import (
+    labelled_noise,
+    random_convnext,
+    random_released_like,
+    toy_continue,
+)
 from tests.integration.toy_run import train, write_images
 from tests.integration.traces import different_tensors, read_trace
 
@@ -163,6 +168,20 @@ def test_a_gram_teacher_is_the_released_backbone(images, weights, tmp_path):
     assert all(torch.equal(anchor[name], expected[name]) for name in expected)
     trace = read_trace(tmp_path / "run")
     assert trace[ITERS]["gram_loss"] > 0 and trace[1]["gram_weight"] == 1
+
+
+def test_a_convnext_continues_without_masks(images, tmp_path):
+    weights = random_convnext(tmp_path / "convnext.pth")
+    cfg = recipe(tmp_path / "run", "continue_convnext_tiny", train_cfg__max_iters=8)
+    train(cfg, tmp_path, "--data", str(images), "--weights", str(weights))
+    work_dir = tmp_path / "run"
+    start = load_weights(weights).state_dict
+    moved = backbone_of(work_dir, 8)
+    assert not torch.equal(moved["stages.3.0.dwconv.weight"], start["stages.3.0.dwconv.weight"])
+    assert "input statistics: ImageNet's, as the weights do not state any" in log_of(work_dir)
+    export = build_backbone(work_dir / "exports" / "teacher_latest.safetensors")
+    assert type(export).__name__ == "DINOv3ConvNeXt"
+    assert read_trace(work_dir)[8]["ibot_loss"] > 0
 
 
 def test_folders_without_classes_are_evaluated_by_retrieval(weights, tmp_path):
