@@ -55,8 +55,11 @@ compile_mmcv() {
   echo "Compiling mmcv's operators takes about 12 minutes on 2 cores, this once: pip keeps the result"
   install --no-build-isolation onedl-mmcv
   if has_operators; then return; fi
-  echo "pip's cache holds an mmcv without operators, or for another torch: compiling it anew"
-  .venv/bin/python -m pip cache remove --quiet onedl_mmcv
+  echo "This mmcv was built without operators, or for another torch: compiling it anew"
+  # Else pip would take the same wheel from its cache; there is nothing to remove where it has none.
+  if .venv/bin/python -m pip cache dir > /dev/null 2>&1; then
+    .venv/bin/python -m pip cache remove --quiet onedl_mmcv
+  fi
   install --no-build-isolation --force-reinstall onedl-mmcv
   .venv/bin/python -c "import torch, mmcv._ext"
 }
