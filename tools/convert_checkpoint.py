@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 
 import dinov3_mm  # noqa: F401  (registers the backbones)
-from dinov3_mm.checkpoints.convert import BAR, DTYPES, convert_checkpoint
+from dinov3_mm.checkpoints.conversion_report import BAR
+from dinov3_mm.checkpoints.convert import DTYPES, convert_checkpoint
 from dinov3_mm.checkpoints.targets import TARGETS
 
 
