@@ -22,6 +22,7 @@ _TRUNCATE = -0.498
 _NEGLIGIBLE_TAP = 1 / 512
 # OpenCV 5 takes no more channels for one pixel; earlier versions take more.
 _MAX_CHANNELS = 128
+_FAST_CHANNELS = 4
 
 
 def crop_resize(image: np.ndarray, box: Box, size: int) -> np.ndarray:
@@ -34,12 +35,26 @@ def crop_resize(image: np.ndarray, box: Box, size: int) -> np.ndarray:
     if box.height == size and box.width == size:
         return region
     resized = np.empty((size, size, image.shape[2]), image.dtype)
+    if image.dtype == np.float32:
+        return _clip(_resize_into(region, resized))
+    if image.shape[2] <= _FAST_CHANNELS:
+        return _resize_into(region, resized)
+    # The integer kernel is six times faster on up to four channels.
+    for first in range(0, image.shape[2], _FAST_CHANNELS):
+        part = np.ascontiguousarray(region[..., first : first + _FAST_CHANNELS])
+        target = np.empty((size, size, part.shape[2]), np.uint8)
+        resized[..., first : first + _FAST_CHANNELS] = _resize_into(part, target)
+    return resized
+
+
+def _resize_into(region: np.ndarray, resized: np.ndarray) -> np.ndarray:
+    """Fill ``resized`` with the whole of ``region``."""
     # The operator behind torch.nn.functional.interpolate, which has no ``out`` and would return
     # separate colour planes; interleaved output is twice as fast, and what OpenCV works on.
     torch.ops.aten._upsample_bicubic2d_aa.out(
-        _as_nchw(region), [size, size], False, out=_as_nchw(resized)
+        _as_nchw(region), list(resized.shape[:2]), False, out=_as_nchw(resized)
     )
-    return resized if resized.dtype == np.uint8 else _clip(resized)
+    return resized
 
 
 def resize_float(image: np.ndarray, size: int) -> np.ndarray:
@@ -99,9 +114,10 @@ def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """``factor * image + (1 - factor) * mean luma``, clipped."""
-    channels = image.shape[2] if image.ndim == 3 else 1
-    means = image.reshape(-1, channels).mean(0) if channels > 4 else cv2.mean(image)[:channels]
-    mean = float(np.dot(means, LUMA)) if channels == 3 else float(np.mean(means))
+    if image.ndim == 3 and image.shape[2] == 3:
+        mean = float(np.dot(cv2.mean(image)[:3], LUMA))
+    else:
+        mean = cv2.mean(image.reshape(image.shape[0], -1))[0]
     if image.dtype == np.float32:
         return _clip(image * np.float32(factor) + np.float32((1 - factor) * mean))
     offset = (1 - factor) * int(mean + 0.5) + _TRUNCATE
