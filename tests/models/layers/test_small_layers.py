@@ -45,6 +45,7 @@ def test_unknown_norm():
     [
         ("mlp", 384, 4, 1536),
         ("mlp", 1152, 3.777777778, 4352),
+        ("swiglufused", 1536, 4, 4096),
         ("swiglu", 384, 6, 1536),
         ("swiglu", 1024, 6, 4096),
         ("swiglu", 1280, 6, 5120),
@@ -68,6 +69,20 @@ def test_unknown_ffn():
 def test_mlp():
     ffn, x = build_ffn("mlp", 8, 4), torch.randn(5, 8)
     assert_parity(ffn(x), nn.Sequential(ffn.fc1, nn.GELU(), ffn.fc2)(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_swiglu_is_the_swiglu_of_its_halves(bias):
+    fused, plain = (build_ffn(name, 8, 6, bias=bias) for name in ("swiglufused", "swiglu"))
+    plain.w1.weight.data, plain.w2.weight.data = fused.w12.weight.data.chunk(2)
+    plain.w3 = fused.w3
+    if bias:
+        plain.w1.bias.data, plain.w2.bias.data = fused.w12.bias.data.chunk(2)
+    x = torch.randn(5, 8)
+    assert_parity(fused(x), plain(x))
+    assert [name for name, _ in fused.named_parameters()] == (
+        ["w12.weight", "w12.bias", "w3.weight", "w3.bias"] if bias else ["w12.weight", "w3.weight"]
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
