@@ -2,14 +2,13 @@
 
 from .build import build_backbone, list_backbones
 from .export import export_backbone, read_metadata
-from .hf_vit import to_hf
+from .foreign_names import to_hf, to_timm
 from .initializer import DINOv3Pretrained
 from .installing import install_weights, load_backbone_weights
 from .io import atomic_write
 from .loading import ForeignCheckpoint, load_weights
 from .report import LoadReport
 from .statistics import Statistics, read_statistics
-from .timm_vit import to_timm
 
 __all__ = [
     "DINOv3Pretrained",

@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .export import export_backbone
-from .hf_config import hf_preprocessor_config, hf_vit_config
-from .hf_vit import to_hf
+from .foreign_names import TO_HF, TO_TIMM
+from .hf_config import hf_convnext_config, hf_preprocessor_config, hf_vit_config
 from .io import atomic_write
 from .periods import PERIODS_KEY
 from .statistics import Statistics
-from .timm_config import timm_folder_config, timm_vit_config
-from .timm_vit import to_timm
+from .timm_config import timm_convnext_config, timm_folder_config, timm_vit_config
 
 # What a format has no place for: pattern of official names, reason.
 Losses = tuple[tuple[str, str], ...]
@@ -128,8 +127,7 @@ def write_hf(source: Source, folder: Path) -> list[str]:
         preprocessor = hf_preprocessor_config(source.statistics)
         _write_json(folder / "preprocessor_config.json", preprocessor)
     save_file(_copies(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    no_scale = source.kind == "DINOv3ViT" and not source.arch["layer_scale_init_value"]
-    return ["layer scales (1)"] if no_scale else []
+    return [] if source.arch["layer_scale_init_value"] else ["layer scales (1)"]
 
 
 def write_timm(source: Source, folder: Path) -> list[str]:
@@ -137,11 +135,12 @@ def write_timm(source: Source, folder: Path) -> list[str]:
     convert, config, first_conv = _of_kind(_TIMM, source.kind, "timm")
     tensors = convert(source.state_dict)
     made_up = []
-    if source.kind == "DINOv3ViT" and not source.arch["layer_scale_init_value"]:
-        ones = torch.ones(source.arch["embed_dims"], dtype=_dtype(tensors))
-        for block in range(source.arch["num_layers"]):
-            tensors |= {f"blocks.{block}.gamma_{index}": ones for index in (1, 2)}
+    if not source.arch["layer_scale_init_value"]:
         made_up.append("layer scales (1)")
+        if source.kind == "DINOv3ViT":
+            ones = torch.ones(source.arch["embed_dims"], dtype=_dtype(tensors))
+            for block in range(source.arch["num_layers"]):
+                tensors |= {f"blocks.{block}.gamma_{index}": ones for index in (1, 2)}
     model = config(source.arch, tensors)
     width = source.backbone.num_features
     _write_json(
@@ -189,10 +188,12 @@ TARGETS = {
     )
 }
 _HF = {
-    "DINOv3ViT": (to_hf, hf_vit_config),
+    "DINOv3ViT": (TO_HF["DINOv3ViT"], hf_vit_config),
+    "DINOv3ConvNeXt": (TO_HF["DINOv3ConvNeXt"], hf_convnext_config),
 }
 _TIMM = {
-    "DINOv3ViT": (to_timm, timm_vit_config, "patch_embed.proj"),
+    "DINOv3ViT": (TO_TIMM["DINOv3ViT"], timm_vit_config, "patch_embed.proj"),
+    "DINOv3ConvNeXt": (TO_TIMM["DINOv3ConvNeXt"], timm_convnext_config, "stem.0"),
 }
 
 
