@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov3_mm.models.backbones import DINOv3ViT
 from tests.golden import assert_parity, load_golden
@@ -109,3 +110,36 @@ def check_golden(name: str, model: DINOv3ViT | None = None, tolerance: float = 1
         assert set(outputs) == set(case["outputs"])
         worst = max(worst, compare(outputs, tensors, tolerance))
     return worst
+
+
+def hashed(position: int, count: int) -> np.ndarray:
+    """Values in [-1, 1) of flat elements 0..count-1 from an integer hash."""
+    a = np.arange(count, dtype=np.uint32) * np.uint32(2654435761)
+    a += np.uint32((position + 1) * 2246822519 % 2**32)
+    for shift, factor in ((15, 2246822507), (13, 3266489909)):
+        a ^= a >> np.uint32(shift)
+        a *= np.uint32(factor)
+    a ^= a >> np.uint32(16)
+    return 2 * a.astype(np.float64) / 2**32 - 1
+
+
+@torch.no_grad()
+def fill_by_formula(model: nn.Module) -> None:
+    """Fill every tensor of the state dict as the vectors of full-size models ask for."""
+    state = model.state_dict()
+    for position, key in enumerate(sorted(key for key in state if not key.startswith("norms."))):
+        tensor, leaf = state[key], key.rsplit(".", 1)[-1]
+        if leaf in ("periods", "bias_mask"):
+            continue  # the initialisation is what the formula asks for
+        r = hashed(position, tensor.numel())
+        if leaf == "gamma":
+            value = 0.3 + 0.1 * r
+        elif leaf.endswith(("_token", "_tokens")):
+            value = 0.5 * r
+        elif leaf == "bias":
+            value = 0.1 * r
+        elif tensor.dim() == 1:
+            value = 1 + 0.1 * r
+        else:
+            value = np.sqrt(3 * len(tensor) / tensor.numel()) * r
+        tensor.copy_(torch.from_numpy(value.astype(np.float32)).view(tensor.shape))

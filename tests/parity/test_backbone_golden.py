@@ -1,6 +1,5 @@
 """DINOv3ViT against the recorded reference vectors."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,7 +10,9 @@ from tests.parity.backbone_cases import (
     build_from_recorded,
     check_golden,
     compare,
+    fill_by_formula,
     flatten,
+    hashed,
     replay,
     state_dict_of,
 )
@@ -152,47 +153,15 @@ def test_initialisation_is_bit_exact(name):
         assert torch.equal(value, expected[key]), key
 
 
-def _hashed(position: int, count: int) -> np.ndarray:
-    """Values in [-1, 1) of flat elements 0..count-1 from an integer hash."""
-    a = np.arange(count, dtype=np.uint32) * np.uint32(2654435761)
-    a += np.uint32((position + 1) * 2246822519 % 2**32)
-    for shift, factor in ((15, 2246822507), (13, 3266489909)):
-        a ^= a >> np.uint32(shift)
-        a *= np.uint32(factor)
-    a ^= a >> np.uint32(16)
-    return 2 * a.astype(np.float64) / 2**32 - 1
-
-
-@torch.no_grad()
-def _fill_by_formula(model: DINOv3ViT) -> None:
-    state = model.state_dict()
-    for position, key in enumerate(sorted(state)):
-        tensor, leaf = state[key], key.rsplit(".", 1)[-1]
-        if leaf in ("periods", "bias_mask"):
-            continue  # the initialisation is what the formula asks for
-        r = _hashed(position, tensor.numel())
-        if leaf == "gamma":
-            value = 0.3 + 0.1 * r
-        elif leaf.endswith(("_token", "_tokens")):
-            value = 0.5 * r
-        elif leaf == "bias":
-            value = 0.1 * r
-        elif tensor.dim() == 1:
-            value = 1 + 0.1 * r
-        else:
-            value = np.sqrt(3 * len(tensor) / tensor.numel()) * r
-        tensor.copy_(torch.from_numpy(value.astype(np.float32)).view(tensor.shape))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name, arch", [("vits16", "small"), ("vits16plus", "small_plus")])
 def test_official_shapes(name, arch):
     description, tensors = load_golden("backbones_official_shapes")
     model = DINOv3ViT(arch=arch).eval()
-    _fill_by_formula(model)
+    fill_by_formula(model)
     for key, checksum in description["models"][name]["checksums"].items():
         assert model.state_dict()[key].double().sum().item() == pytest.approx(checksum, abs=1e-6)
-    image = torch.from_numpy(2 * _hashed(1000003, 3 * 224 * 160)).float().view(1, 3, 224, 160)
+    image = torch.from_numpy(2 * hashed(1000003, 3 * 224 * 160)).float().view(1, 3, 224, 160)
 
     def check(prefix: str) -> None:
         output = model.forward_tokens(image)

@@ -1,4 +1,4 @@
-"""Keys, shapes and sizes of every released ViT, on the meta device."""
+"""Keys, shapes and sizes of every released backbone, on the meta device."""
 
 import json
 from pathlib import Path
@@ -6,31 +6,35 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.registry import MODELS
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinov3_mm.models.backbones import VIT_ARCHITECTURES, ZOO, DINOv3ViT
+from dinov3_mm.models.backbones import CONVNEXT_ARCHITECTURES, VIT_ARCHITECTURES, ZOO, DINOv3ViT
+from tests.parity import convnext_cases
 from tests.parity.backbone_cases import build_from_recorded
 
 MANIFEST = json.loads((Path(__file__).parents[1] / "data" / "manifest_backbones.json").read_text())[
     "variants"
 ]
 VITS = {name: row for name, row in MANIFEST.items() if row["kind"] == "vit"}
+CONVNEXTS = {name: row for name, row in MANIFEST.items() if row["kind"] == "convnext"}
 
 
-def _build(arch: str) -> DINOv3ViT:
+def _build(arch: str, backbone: str = "DINOv3ViT") -> nn.Module:
     with torch.device("meta"):
-        return DINOv3ViT(arch=arch)
+        return MODELS.build(dict(type=backbone, arch=arch))
 
 
-def test_zoo_lists_every_released_vit():
-    rows = [name for name, row in ZOO.items() if row.backbone == "DINOv3ViT" and row.file]
-    assert rows == list(VITS)
+@pytest.mark.parametrize("kind, rows", [("DINOv3ViT", VITS), ("DINOv3ConvNeXt", CONVNEXTS)])
+def test_zoo_lists_every_released_backbone(kind, rows):
+    listed = [name for name, row in ZOO.items() if row.backbone == kind and row.file]
+    assert listed == list(rows)
 
 
-@pytest.mark.parametrize("name", VITS)
+@pytest.mark.parametrize("name", MANIFEST)
 def test_keys_shapes_and_counts(name):
-    expected = VITS[name]
-    model = _build(ZOO[name].arch)
+    expected = MANIFEST[name]
+    model = _build(ZOO[name].arch, ZOO[name].backbone)
     keys = [[k, list(v.shape), str(v.dtype).split(".")[1]] for k, v in model.state_dict().items()]
     assert keys == expected["keys"]
     assert sum(p.numel() for p in model.parameters()) == expected["n_params"]
@@ -38,9 +42,9 @@ def test_keys_shapes_and_counts(name):
     assert ZOO[name].num_params == expected["n_params"]
 
 
-@pytest.mark.parametrize("name", VITS)
+@pytest.mark.parametrize("name", MANIFEST)
 def test_zoo_metadata(name):
-    row, expected = ZOO[name], VITS[name]
+    row, expected = ZOO[name], MANIFEST[name]
     assert row.official_name == expected["official_name"]
     assert row.file == expected["file"]
     assert row.data.replace("-", "") == expected["weights"]
@@ -68,6 +72,16 @@ def test_table_agrees_with_the_official_constructor(name):
     with torch.device("meta"):
         recorded = build_from_recorded(VITS[name]["kwargs"])
     assert recorded.arch_settings == VIT_ARCHITECTURES[ZOO[name].arch]
+
+
+@pytest.mark.parametrize("name", CONVNEXTS)
+def test_convnext_table_agrees_with_the_official_constructor(name):
+    with torch.device("meta"):
+        recorded = convnext_cases.build_from_recorded(CONVNEXTS[name]["kwargs"])
+    assert recorded.arch_settings == CONVNEXT_ARCHITECTURES[ZOO[name].arch]
+    for shared in CONVNEXTS[name]["shared_keys"]:
+        state = recorded.state_dict(keep_vars=True)
+        assert state[shared[0]] is state[shared[1]]
 
 
 # Parameters with 4 registers and LayerScale, and with neither.
