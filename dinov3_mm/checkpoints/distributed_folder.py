@@ -59,7 +59,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             ) from None
 
 
-class _SafeReader(dcp.FileSystemReader):
+class SafeReader(dcp.FileSystemReader):
     """DCP's own reader with the one step replaced that unpickles."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
@@ -108,7 +108,7 @@ def open_distributed_folder(folder: Path) -> OpenedCheckpoint:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is")
-                dcp.load(tensors, storage_reader=_SafeReader(folder), no_dist=True)
+                dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
         except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
             raise ValueError(f"the distributed checkpoint {folder} is damaged: {error}") from error
         return tensors

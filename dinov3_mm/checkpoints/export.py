@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmengine.dist import is_main_process
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from .io import atomic_write
 from .lora import merged_state_dict, unwrap_lora
 from .safetensors_file import EXPORT_KEY, FORMAT_VERSION, read_export_header
 from .selecting import HEADS
+from .sharding import gather_whole
 
 _STATED_BY_CALLER = ("statistics", "provenance")
 
@@ -32,8 +34,9 @@ def export_backbone(
     or not at all.
 
     Args:
-        backbone: backbone of this project; the adapters of one inside mmpretrain's ``LoRAModel``
-            are folded into the weights of the file.
+        backbone: backbone of this project. If it is sharded, all ranks must call this; they gather
+            one tensor at a time and the first rank writes. The adapters of a backbone inside
+            mmpretrain's ``LoRAModel`` are folded into the weights of the file.
         path: target, ending in ``.safetensors``.
         metadata: ``statistics`` (``mean`` and ``std`` of images in [0, 1]) and ``provenance`` (any
             JSON, e.g. the iteration and the data); both may be left out.
@@ -54,11 +57,14 @@ def export_backbone(
     header = _header(unwrap_lora(backbone), metadata or {})
     prefix = "backbone." if heads else ""
     parts = {prefix: backbone, **{f"{name}.": head for name, head in (heads or {}).items()}}
-    tensors = {
-        start + name: _storable(tensor)
-        for start, module in parts.items()
-        for name, tensor in merged_state_dict(module).items()
-    }
+    tensors = {}
+    for start, module in parts.items():
+        for name, tensor in merged_state_dict(module).items():
+            whole = gather_whole(tensor)
+            if is_main_process():
+                tensors[start + name] = _storable(whole)
+    if not is_main_process():
+        return path
     with atomic_write(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt", EXPORT_KEY: json.dumps(header)})
     with atomic_write(path.with_suffix(".json")) as partial:
@@ -104,5 +110,5 @@ def _header(backbone: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _storable(tensor: Tensor) -> Tensor:
-    # A copy on the CPU: safetensors refuses tensors that share or leave gaps in their storage.
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    # A copy: safetensors refuses tensors that share or leave gaps in their storage.
+    return tensor.clone().contiguous()

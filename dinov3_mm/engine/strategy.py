@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import mmengine
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 import dinov3_mm
 from dinov3_mm.datasets.randomness import torch_seed
+from dinov3_mm.engine.runner.sharded_state import load_sharded_state
 from dinov3_mm.engine.runner.training_state import (
     load_model_state,
     read_training_state,
@@ -31,6 +33,9 @@ class PretrainStrategy(SingleDeviceStrategy):
     Checkpoints are those of :mod:`dinov3_mm.engine.runner.training_state`: complete or absent, and
     read without unpickling.
     """
+
+    # Whether checkpoints are folders that all ranks write.
+    saves_shards = False
 
     @property
     def unwrapped_model(self) -> nn.Module:
@@ -63,12 +68,24 @@ class PretrainStrategy(SingleDeviceStrategy):
             FileNotFoundError: If there is no such file.
             ValueError: If it cannot be read safely or its tensors are not the model's.
         """
+        return self._read_state(filename, callback, with_optimizer=False)
+
+    def _read_state(
+        self, filename: str, callback: Callable[[dict], None] | None, *, with_optimizer: bool
+    ) -> dict:
         self.logger.info(f"Load checkpoint from {filename}")
-        checkpoint = read_training_state(filename)
-        if callback is not None:
-            callback(checkpoint)
-        absent = load_model_state(self.unwrapped_model, checkpoint["state_dict"])
-        self.logger.info(f"loaded {len(checkpoint['state_dict'])} tensors, every key matched")
+        model = self.unwrapped_model
+        if Path(filename).is_dir():
+            optimizer = self.optim_wrapper.optimizer if with_optimizer else None
+            checkpoint, absent = load_sharded_state(filename, model, optimizer, callback)
+        else:
+            checkpoint = read_training_state(filename)
+            if callback is not None:
+                callback(checkpoint)
+            absent = load_model_state(model, checkpoint["state_dict"])
+            if with_optimizer:
+                self.load_optim_state_dict(checkpoint["optimizer"])
+        self.logger.info(f"loaded {len(model.state_dict())} tensors, every key matched")
         for name in absent:
             self.logger.warning(f"{filename} has no {name}: it keeps its initial values")
         return checkpoint
@@ -82,14 +99,13 @@ class PretrainStrategy(SingleDeviceStrategy):
             FileNotFoundError: If there is no such file.
             ValueError: If it cannot be read safely, does not fit, or was trained with another seed.
         """
-        checkpoint = self.load_checkpoint(filename, callback=callback)
+        checkpoint = self._read_state(filename, callback, with_optimizer=True)
         stored_seed = checkpoint["meta"]["seed"]
         if stored_seed != self.seed:
             raise ValueError(
                 f"{filename} was trained with seed {stored_seed}, this run has seed {self.seed}: "
                 f"resume with --seed {stored_seed}, or start a new stage with load_from"
             )
-        self.load_optim_state_dict(checkpoint["optimizer"])
         # FlexibleRunner reads the hub; what must survive is stored by the hooks themselves.
         checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
         return checkpoint
@@ -121,22 +137,27 @@ class PretrainStrategy(SingleDeviceStrategy):
             TypeError: If a hook added something that is neither a tensor nor a plain value.
         """
         tensors, optimizer = self.gather_state()
-        if not is_main_process():
-            return
-        state = {
+        if is_main_process():
+            state = self._plain_state(extra_ckpt)
+            state.update(state_dict=tensors, optimizer=optimizer)
+            if callback is not None:
+                callback(state)
+            write_training_state(filename, state)
+
+    def _plain_state(self, extra_ckpt: dict | None) -> dict:
+        """What a checkpoint holds beside tensors."""
+        return {
             "meta": {
                 **(extra_ckpt or {}).get("meta", {}),
                 "seed": self.seed,
                 "world_size": self.world_size,
                 "time": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "versions": library_versions(),
-            },
-            "state_dict": tensors,
-            "optimizer": optimizer,
+            }
         }
-        if callback is not None:
-            callback(state)
-        write_training_state(filename, state)
+
+    def finish_saving(self) -> None:
+        """Wait for what is still being written; nothing here."""
 
 
 @STRATEGIES.register_module()

@@ -1,5 +1,8 @@
 """FlexibleRunner strategy on PyTorch's ``fully_shard``."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
+
 import torch
 import torch.distributed as dist
 from mmengine.dist import is_main_process
@@ -11,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from dinov3_mm.checkpoints.sharding import gather_whole
 from dinov3_mm.datasets.randomness import torch_seed
+from dinov3_mm.engine.runner.sharded_state import finish, save_sharded_state
 from dinov3_mm.engine.strategy import BEFORE_THE_FIRST_STEP, PretrainStrategy, training_device
 
 from .initialisation import WholeTensorDraws, check_initialised, materialise
@@ -30,6 +34,10 @@ class FSDP2Strategy(PretrainStrategy):
         num_replicas (int): Groups of ranks that each hold a whole copy in shards (HSDP); 1 shards
             over all ranks.
         num_prefetch (int): Blocks gathered ahead.
+        checkpoint (str): ``'sharded'``: folders that all ranks write; ``'whole'``: one file, as of
+            the other strategies, gathered in the main memory of the first rank. Either is resumed
+            by any strategy on any number of ranks.
+        save_in_background (bool): Go on training while a sharded checkpoint is written.
         **kwargs: See :class:`mmengine._strategy.BaseStrategy`.
 
     Raises:
@@ -44,12 +52,19 @@ class FSDP2Strategy(PretrainStrategy):
         reshard_after_forward: bool = True,
         num_replicas: int = 1,
         num_prefetch: int = 1,
+        checkpoint: str = "sharded",
+        save_in_background: bool = False,
         **kwargs,
     ) -> None:
         for name, value in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
             if value not in _DTYPES:
                 raise ValueError(f"{name} must be one of {tuple(_DTYPES)}, got {value!r}")
+        if checkpoint not in ("sharded", "whole"):
+            raise ValueError(f"checkpoint must be 'sharded' or 'whole', got {checkpoint!r}")
         super().__init__(**kwargs)
+        self.saves_shards = checkpoint == "sharded"
+        self.save_in_background = save_in_background
+        self._pending: tuple[str, Future] | None = None
         self.policy = ShardingPolicy(
             param_dtype=None if param_dtype == "fp32" else _DTYPES[param_dtype],
             reduce_dtype=_DTYPES[reduce_dtype],
@@ -85,6 +100,38 @@ class FSDP2Strategy(PretrainStrategy):
             f"resharded after forward: {self.policy.reshard_after_forward}"
         )
         return model
+
+    def save_checkpoint(
+        self,
+        filename: str,
+        *,
+        extra_ckpt: dict | None = None,
+        callback: Callable[[dict], None] | None = None,
+        **_,
+    ) -> None:
+        """Write a checkpoint from all ranks; see :class:`PretrainStrategy`."""
+        if not self.saves_shards:
+            super().save_checkpoint(filename, extra_ckpt=extra_ckpt, callback=callback)
+            return
+        self.finish_saving()
+        state = self._plain_state(extra_ckpt)
+        if callback is not None:
+            callback(state)
+        write = save_sharded_state(
+            filename,
+            self.unwrapped_model,
+            self.optim_wrapper.optimizer,
+            state,
+            in_background=self.save_in_background,
+        )
+        if write is not None:
+            self._pending = (filename, write)
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is still being written, if any."""
+        if self._pending is not None:
+            finish(*self._pending)
+            self._pending = None
 
     def gather_state(self) -> tuple[dict, dict]:
         """Whole tensors on the CPU of the first rank, one gathered at a time; all ranks call it."""

@@ -11,7 +11,13 @@ from mmengine.registry import HOOKS
 
 from dinov3_mm.checkpoints.io import atomic_write
 from dinov3_mm.engine.autoscale import RECORD
-from dinov3_mm.engine.runner.files import checkpoint_path, list_checkpoints, remove_partial_files
+from dinov3_mm.engine.runner.files import (
+    checkpoint_path,
+    find_latest_checkpoint,
+    list_checkpoints,
+    remove,
+    remove_partial_files,
+)
 from dinov3_mm.engine.runner.retention import surplus
 
 from .export import export_teacher, remove_surplus_exports
@@ -27,9 +33,11 @@ AGREEMENT_INTERVAL = 10
 class PretrainCheckpointHook(Hook):
     """Saves ``checkpoints/iter_<n>.pth`` and, beside it, the teacher backbone for users.
 
-    A file gets its name only when it is complete, so a run that is killed at any moment resumes
-    from the last one. SIGTERM or SIGUSR1 saves at the end of the step and ends the run normally
-    (with several processes within ten steps); the same command with ``--resume`` goes on.
+    ``FSDP2Strategy`` saves a folder of shards, ``checkpoints/iter_<n>``, instead of the file.
+
+    A checkpoint gets its name only when it is complete, so a run that is killed at any moment
+    resumes from the last one. SIGTERM or SIGUSR1 saves at the end of the step and ends the run
+    normally (with several processes within ten steps); the same command with ``--resume`` goes on.
 
     Args:
         interval (int): Optimizer steps between checkpoints.
@@ -98,7 +106,8 @@ class PretrainCheckpointHook(Hook):
             runner.train_loop.stop_training = True
 
     def after_train(self, runner) -> None:
-        """Give the signals back."""
+        """Wait for a checkpoint that is being written; give the signals back."""
+        runner.strategy.finish_saving()
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}
@@ -117,7 +126,8 @@ class PretrainCheckpointHook(Hook):
         return bool(asked)
 
     def _save(self, runner, done: int) -> None:
-        path = checkpoint_path(runner.work_dir, done)
+        sharded = runner.strategy.saves_shards
+        path = checkpoint_path(runner.work_dir, done, sharded=sharded)
         layout = runner.train_loop.layout
         meta = {"global_batch_size": layout.global_batch_size, "accumulate": layout.accumulate}
         if RECORD in runner.cfg:
@@ -129,9 +139,9 @@ class PretrainCheckpointHook(Hook):
         if is_main_process():
             # MMEngine's own tools find the newest checkpoint by this file.
             with atomic_write(Path(runner.work_dir) / "last_checkpoint") as partial:
-                partial.write_text(str(path))
+                partial.write_text(str(find_latest_checkpoint(runner.work_dir) or path))
             for old in surplus(
                 list_checkpoints(runner.work_dir), self.max_to_keep, self.keep_every
             ):
-                old.unlink()
+                remove(old)
             runner.logger.info(f"saved {path}")

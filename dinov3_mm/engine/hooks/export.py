@@ -53,24 +53,24 @@ class ExportTeacherHook(Hook):
 
 
 def export_teacher(runner, iteration: int) -> Path:
-    """Write the teacher backbone after ``iteration`` steps from the main process.
+    """Write the teacher backbone after ``iteration`` steps; all ranks must call this.
 
     Returns:
         Path: The ``.safetensors`` file.
     """
     path = export_path(runner.work_dir, iteration)
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    mean, std = model.data_preprocessor.statistics
+    provenance = {
+        "config": Path(runner.cfg.filename or "").name,
+        "experiment": runner.experiment_name,
+        "iteration": iteration,
+        "seed": runner.seed,
+        "versions": library_versions(),
+    }
+    metadata = {"statistics": {"mean": mean, "std": std}, "provenance": provenance}
+    export_backbone(model.teacher_backbone, path, metadata)
     if is_main_process():
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        mean, std = model.data_preprocessor.statistics
-        provenance = {
-            "config": Path(runner.cfg.filename or "").name,
-            "experiment": runner.experiment_name,
-            "iteration": iteration,
-            "seed": runner.seed,
-            "versions": library_versions(),
-        }
-        metadata = {"statistics": {"mean": mean, "std": std}, "provenance": provenance}
-        export_backbone(model.teacher_backbone, path, metadata)
         for suffix in (".json", ".safetensors"):
             source = path.with_suffix(suffix)
             _replace_by_copy(source, latest_export_path(runner.work_dir).with_suffix(suffix))

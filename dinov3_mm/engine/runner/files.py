@@ -2,24 +2,27 @@
 
 ::
 
-    work_dir/checkpoints/iter_00001000.pth          everything a resume needs
+    work_dir/checkpoints/iter_00001000.pth          everything a resume needs, or
+    work_dir/checkpoints/iter_00001000/             the same in shards
     work_dir/exports/iter_00001000_teacher.safetensors + .json    the teacher backbone, for users
     work_dir/exports/teacher_latest.safetensors + .json           the newest of them
 """
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX
 
-_CHECKPOINT = re.compile(r"iter_(\d{8,})\.pth")
+_CHECKPOINT = re.compile(r"iter_(\d{8,})(?:\.pth)?")
 _EXPORT = re.compile(r"iter_(\d{8,})_teacher\.safetensors")
 
 
-def checkpoint_path(work_dir: str | Path, iteration: int) -> Path:
-    """Checkpoint after ``iteration`` optimizer steps."""
-    return Path(work_dir) / "checkpoints" / f"iter_{iteration:08d}.pth"
+def checkpoint_path(work_dir: str | Path, iteration: int, *, sharded: bool = False) -> Path:
+    """Checkpoint after ``iteration`` optimizer steps: a file, or a folder of shards."""
+    suffix = "" if sharded else ".pth"
+    return Path(work_dir) / "checkpoints" / f"iter_{iteration:08d}{suffix}"
 
 
 def export_path(work_dir: str | Path, iteration: int) -> Path:
@@ -51,8 +54,16 @@ def remove_partial_files(work_dir: str | Path) -> list[Path]:
     """Delete what killed processes left half-written, and return the paths."""
     partial = list(_partial_files(Path(work_dir)))
     for path in partial:
-        path.unlink()
+        remove(path)
     return partial
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all it holds."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _partial_files(work_dir: Path) -> Iterator[Path]:

@@ -21,6 +21,9 @@ from dinov3_mm.checkpoints.sharding import shard_state
 
 FORMAT_VERSION = 1
 
+# Within a folder of shards: what is no tensor.
+STATE_FILE = "state.pth"
+
 # Children of the algorithm that a later stage of the recipe adds (Gram anchoring).
 STAGE_MODULES = ("gram_teacher",)
 
@@ -42,6 +45,8 @@ def write_training_state(path: str | Path, state: dict) -> None:
 def read_training_state(path: str | Path, *, mmap: bool = False) -> dict:
     """Read a training checkpoint to the CPU without executing anything in it.
 
+    Of a folder of shards: what is no tensor.
+
     Args:
         path: The file.
         mmap: Map the tensors instead of reading them.
@@ -52,6 +57,8 @@ def read_training_state(path: str | Path, *, mmap: bool = False) -> dict:
             a training checkpoint of this format version.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no training checkpoint at {path}")
     try:
@@ -104,12 +111,13 @@ def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tupl
         for key in sorted(expected & state_dict.keys())
         if state_dict[key].shape != own[key].shape
     ]
-    _refuse_mismatch(expected - state_dict.keys(), state_dict.keys() - expected, misshapen)
+    refuse_mismatch(expected - state_dict.keys(), state_dict.keys() - expected, misshapen)
     model.load_state_dict(shard_state(state_dict, own), strict=False)
     return absent
 
 
-def _refuse_mismatch(missing: set, unexpected: set, misshapen: list[str]) -> None:
+def refuse_mismatch(missing: set, unexpected: set, misshapen: list[str]) -> None:
+    """Raise a ``ValueError`` that names the keys by which a checkpoint does not fit, if any."""
     problems = [
         f"{len(keys)} {kind}: {_some(keys)}"
         for kind, keys in (

@@ -1,0 +1,200 @@
+"""A training checkpoint as a folder that all ranks write and any number of ranks reads.
+
+::
+
+    iter_00001000/
+        state.pth                     what is no tensor: meta data, what hooks add
+        .metadata, __<rank>_<n>.distcp     tensors, by torch.distributed.checkpoint (DCP)
+
+Tensors are ``model.<key>`` and ``optimizer.<parameter>.<moment>``. The folder gets its name when it
+is complete; its index is read without unpickling anything but DCP's own records.
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from mmengine.dist import barrier, is_main_process
+from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata
+from torch.optim import Optimizer
+
+from dinov3_mm.checkpoints.distributed_folder import SafeReader, read_index
+from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX
+
+from .training_state import (
+    STAGE_MODULES,
+    STATE_FILE,
+    read_training_state,
+    refuse_mismatch,
+    write_training_state,
+)
+
+
+def is_sharded_state(path: str | Path) -> bool:
+    """Whether a path is such a folder, complete."""
+    return (Path(path) / ".metadata").is_file() and (Path(path) / STATE_FILE).is_file()
+
+
+def save_sharded_state(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: dict,
+    *,
+    in_background: bool = False,
+) -> Future | None:
+    """Write a checkpoint from all ranks; all must call this.
+
+    Args:
+        folder: target; it must not exist.
+        model: the algorithm, unwrapped.
+        optimizer: its optimizer, with ``param_names`` in the groups.
+        state: what is no tensor.
+        in_background: copy the tensors and return; :func:`finish` completes the checkpoint.
+
+    Returns:
+        With ``in_background`` the future of the write.
+    """
+    folder = Path(folder)
+    partial = partial_folder(folder)
+    if is_main_process():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_training_state(partial / STATE_FILE, state)
+    barrier()
+    tensors = {**_model_tensors(model), **_optimizer_tensors(optimizer)}
+    if in_background and dist.is_initialized():
+        return dcp.async_save(tensors, checkpoint_id=str(partial))
+    dcp.save(tensors, checkpoint_id=str(partial), no_dist=not dist.is_initialized())
+    finish(folder)
+    return None
+
+
+def finish(folder: str | Path, write: Future | None = None) -> None:
+    """Wait for a write and give the folder its name; all ranks must call this."""
+    folder = Path(folder)
+    if write is not None:
+        write.result()
+    barrier()
+    if is_main_process():
+        os.replace(partial_folder(folder), folder)
+    barrier()
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return folder.with_name(f".{folder.name}{PARTIAL_SUFFIX}")
+
+
+def load_sharded_state(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    callback: Callable[[dict], None] | None = None,
+) -> tuple[dict, tuple[str, ...]]:
+    """Read a checkpoint into a model, sharded or whole, and into its optimizer if one is given.
+
+    Args:
+        folder: see the module.
+        model: the algorithm, unwrapped.
+        optimizer: its optimizer, or None to take the weights only.
+        callback: called with the checkpoint's plain values.
+
+    Returns:
+        The plain values, and the stage modules that the checkpoint lacks.
+
+    Raises:
+        FileNotFoundError: If there is no complete checkpoint.
+        ValueError: If it is damaged or not of this model.
+    """
+    folder = Path(folder)
+    if not is_sharded_state(folder):
+        raise FileNotFoundError(f"no complete training checkpoint in the folder {folder}")
+    state = read_training_state(folder)
+    stored = read_index(folder).state_dict_metadata
+    absent = _check_model(model, stored)
+    tensors = {
+        name: tensor
+        for name, tensor in _model_tensors(model).items()
+        if name.split(".")[1] not in absent
+    }
+    if optimizer is not None:
+        tensors.update(_allocate_moments(optimizer, stored))
+    if callback is not None:
+        callback(state)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=not dist.is_initialized())
+    # In place for parameters; modules that mirror a buffer learn of it here.
+    model.load_state_dict(model.state_dict())
+    return state, absent
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def _named_params(optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        name: param
+        for group in optimizer.param_groups
+        for name, param in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        f"optimizer.{name}.{key}": value
+        for name, param in _named_params(optimizer).items()
+        for key, value in optimizer.state.get(param, {}).items()
+    }
+
+
+def _allocate_moments(optimizer: Optimizer, stored: Mapping) -> dict[str, Tensor]:
+    """Optimizer state for every stored moment, in the shards of its parameter."""
+    moments: dict[str, list[str]] = {}
+    for name in stored:
+        if name.startswith("optimizer."):
+            param, _, key = name.removeprefix("optimizer.").rpartition(".")
+            moments.setdefault(param, []).append(key)
+    params = _named_params(optimizer)
+    if moments and moments.keys() != params.keys():
+        refuse_mismatch(params.keys() - moments.keys(), moments.keys() - params.keys(), [])
+    for name, keys in moments.items():
+        param = params[name]
+        for key in keys:
+            entry = stored[f"optimizer.{name}.{key}"]
+            same_shape = tuple(entry.size) == tuple(param.shape)
+            optimizer.state[param][key] = (
+                torch.zeros_like(param, requires_grad=False)
+                if same_shape
+                else torch.zeros(entry.size, dtype=entry.properties.dtype)
+            )
+    return _optimizer_tensors(optimizer)
+
+
+def _check_model(model: nn.Module, stored: Mapping) -> tuple[str, ...]:
+    """Refuse a checkpoint of another model; return the stage modules that it lacks."""
+    own = _model_tensors(model)
+    shapes = {
+        name: tuple(entry.size)
+        for name, entry in stored.items()
+        if name.startswith("model.") and isinstance(entry, metadata.TensorStorageMetadata)
+    }
+    modules = {name.split(".")[1] for name in shapes}
+    absent = tuple(m for m in STAGE_MODULES if m not in modules and hasattr(model, m))
+    expected = {name for name in own if name.split(".")[1] not in absent}
+    misshapen = [
+        f"{name} (checkpoint {shapes[name]}, model {tuple(own[name].shape)})"
+        for name in sorted(expected & shapes.keys())
+        if shapes[name] != tuple(own[name].shape)
+    ]
+    refuse_mismatch(expected - shapes.keys(), shapes.keys() - expected, misshapen)
+    return absent
