@@ -108,7 +108,10 @@ def write_mm(source: Source, path: Path) -> list[str]:
     """Write our own safetensors; see :func:`export_backbone`."""
     with torch.device("meta"):
         backbone = MODELS.build(dict(type=source.kind, arch=source.arch))
-    backbone.load_state_dict(source.state_dict, assign=True)
+    state_dict = dict(source.state_dict)
+    if PERIODS_KEY in state_dict:
+        state_dict[PERIODS_KEY] = state_dict[PERIODS_KEY].float()
+    backbone.load_state_dict(state_dict, assign=True)
     statistics = source.statistics
     metadata: dict[str, Any] = {"provenance": source.provenance}
     if statistics is not None:
