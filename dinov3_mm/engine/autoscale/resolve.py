@@ -108,7 +108,6 @@ def _settle_all(
     scaler.settle([f"{_SCHEDULE}.lr.warmup_iters"], lambda: rules.warmup(freeze))
     scaler.settle([f"{_SCHEDULE}.backbone_warmup_iters"], lambda: rules.backbone_warmup(freeze))
     scaler.settle(MOMENTUM, lambda: rules.teacher_momentum(batch, iters))
-    scaler.settle([f"{_TEACHER}.teacher_temp.total_iters"], lambda: rules.temperature_ramp(iters))
     hooks = [f"custom_hooks.{name}.interval" for name in EVALUATIONS]
     scaler.settle(hooks, lambda: rules.interval("evaluation", iters, 10))
     scaler.settle(

@@ -31,7 +31,6 @@ TEACHER_SHARE = 0.1
 
 HEAD_START_SHARE = 0.1
 HEAD_START = (100, 1000)
-TEMPERATURE_SHARE = 0.3  # 30 of the 100 epochs of the ImageNet recipe
 
 HELD_OUT_IMAGES = 2000
 HELD_OUT_EVERY = (5, 1000)
@@ -165,14 +164,6 @@ def teacher_momentum(batch: int, max_iters: int) -> Derived:
         value,
         f"EMA momentum {value:g}: averages over {horizon:.0f} iterations, the smaller of "
         f"{released:.0f} (0.994 ** ({batch} / 1920)) and {TEACHER_SHARE:.0%} of the run",
-    )
-
-
-def temperature_ramp(max_iters: int) -> Derived:
-    """Iterations over which the teacher's temperature rises."""
-    value = max(1, round(TEMPERATURE_SHARE * max_iters))
-    return Derived(
-        value, f"teacher temperature rises over {value} iterations, {TEMPERATURE_SHARE:.0%}"
     )
 
 
