@@ -1,4 +1,4 @@
-"""Full-size backbones between all formats: ``python tests/acceptance/conversion_matrix.py``.
+"""Full-size backbones between all formats: ``python -m tests.acceptance.conversion_matrix``.
 
 Every parameter is redrawn at random. Each conversion is compared with the library that reads the
 result, and every format is converted to every other and back. Prints a table; needs transformers,
