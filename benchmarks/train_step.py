@@ -71,8 +71,8 @@ def vit_small() -> Config:
             "model": {
                 "type": "DINOv3",
                 "backbone": {"type": "DINOv3ViT", "arch": "small"},
-                "dino_head": {"type": "DINOHead", **head},
-                "ibot_head": {"type": "DINOHead", **head},
+                "dino_head": {"type": "DINOv3Head", **head},
+                "ibot_head": {"type": "DINOv3Head", **head},
             },
             "train_dataloader": {
                 "source": {"type": "SyntheticScenes", "length": 64, "image_size": 256},

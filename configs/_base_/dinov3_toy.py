@@ -9,7 +9,7 @@ backbone = dict(
     rope_rescale_coords=2.0,
 )
 # Few prototypes make coarse clusters, which a short run can fill; released: 65,536 and more.
-head = dict(type='DINOHead', num_prototypes=128, hidden_dims=384, bottleneck_dims=96)
+head = dict(type='DINOv3Head', num_prototypes=128, hidden_dims=384, bottleneck_dims=96)
 
 model = dict(
     type='DINOv3',

@@ -54,7 +54,7 @@ def build_model(*, gram: dict | None = None, rope_dtype: str = "fp32", **setting
 
     def head(hidden, bottleneck, prototypes):
         return dict(
-            type="DINOHead",
+            type="DINOv3Head",
             hidden_dims=hidden,
             bottleneck_dims=bottleneck,
             num_prototypes=prototypes,

@@ -11,7 +11,7 @@ from dinov3_mm.models.losses import (
     resize_tokens,
     sinkhorn_knopp,
 )
-from dinov3_mm.models.pretraining import DINOHead
+from dinov3_mm.models.pretraining import DINOv3Head
 from tests.golden import assert_parity, load_golden
 
 DESCRIPTION, TENSORS = load_golden("ssl_losses")
@@ -131,7 +131,7 @@ def test_resize_nine_to_six():
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_head(layers):
-    head = DINOHead(12, 40, hidden_dims=20, bottleneck_dims=9, num_layers=layers)
+    head = DINOv3Head(12, 40, hidden_dims=20, bottleneck_dims=9, num_layers=layers)
     prefix = f"head{layers}.sd."
     state = {key[len(prefix) :]: value for key, value in TENSORS.items() if key.startswith(prefix)}
     head.load_state_dict(state, strict=True)

@@ -42,7 +42,8 @@ class DINOv3ConvNeXt(ConvNeXtTrunk):
             no norm.
         frozen_stages: k freezes the first k stages with the downsampling before each, all of them
             also the final norm. Frozen parts stay in eval mode. 0 and -1 freeze nothing.
-        with_cp: recompute each block in the backward pass instead of storing its activations.
+        with_cp: recompute each block in the backward pass instead of storing its activations:
+            True everything, 'selective' all but matrix products and attention.
         init_cfg: MMEngine initialisation config, run after the model's own initialisation.
 
     Raises:
@@ -63,7 +64,7 @@ class DINOv3ConvNeXt(ConvNeXtTrunk):
         out_type: str = "featmap",
         final_norm: bool = True,
         frozen_stages: int = 0,
-        with_cp: bool = False,
+        with_cp: bool | str = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         settings = resolve_convnext_arch(

@@ -7,9 +7,9 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import initialize
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..layers import ConvNeXtBlock, LayerNorm, PatchConv2d
+from ..layers.recompute import check_mode, run_recomputed
 
 NUM_STAGES = 4
 _STEM_STRIDE = 4
@@ -30,7 +30,7 @@ class ConvNeXtTrunk(BaseModule):
         settings: dict[str, Any],
         *,
         drop_path_rate: float,
-        with_cp: bool,
+        with_cp: bool | str,
         init_cfg: dict | list[dict] | None,
     ) -> None:
         super().__init__(init_cfg)
@@ -46,7 +46,7 @@ class ConvNeXtTrunk(BaseModule):
         self.token_stride = self.stage_stride(NUM_STAGES - 1)
         self.chunked_blocks = False
         self.drop_path_rate = drop_path_rate
-        self.with_cp = with_cp
+        self.with_cp = check_mode(with_cp)
         self._build_modules()
 
     def _build_modules(self) -> None:
@@ -111,7 +111,7 @@ class ConvNeXtTrunk(BaseModule):
                 # Drawn here, so that recomputing a block needs no restored random state.
                 scale = block.draw_scale(x.shape[0], x.device)
                 if self.with_cp and torch.is_grad_enabled():
-                    x = checkpoint(block, x, scale, use_reentrant=False, preserve_rng_state=False)
+                    x = run_recomputed(self.with_cp, block, x, scale)
                 else:
                     x = block(x, scale)
             outputs.append(x)

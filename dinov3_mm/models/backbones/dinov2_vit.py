@@ -45,7 +45,8 @@ class DINOv2ViT(ViTInterface):
             blocks.
         out_indices, out_type, final_norm, frozen_stages: see :class:`ViTInterface`.
         attn_backend: 'auto', 'sdpa' or 'xformers'.
-        with_cp: recompute each block in the backward pass instead of storing its activations.
+        with_cp: recompute each block in the backward pass instead of storing its activations:
+            True everything, 'selective' all but matrix products and attention.
         init_cfg: MMEngine initialisation config, run after the model's own initialisation.
 
     Raises:
@@ -79,7 +80,7 @@ class DINOv2ViT(ViTInterface):
         final_norm: bool = True,
         frozen_stages: int = -1,
         attn_backend: str = "auto",
-        with_cp: bool = False,
+        with_cp: bool | str = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         settings = resolve_dinov2_arch(

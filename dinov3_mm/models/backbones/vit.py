@@ -51,7 +51,8 @@ class DINOv3ViT(ViTInterface):
         frozen_stages: 0 freezes tokens and patch embedding, k also the first k blocks, the number
             of blocks everything. Frozen parts stay in eval mode. -1 freezes nothing.
         attn_backend: 'auto', 'sdpa' or 'xformers'.
-        with_cp: recompute each block in the backward pass instead of storing its activations.
+        with_cp: recompute each block in the backward pass instead of storing its activations:
+            True everything, 'selective' all but matrix products and attention.
         init_cfg: MMEngine initialisation config, run after the model's own initialisation.
 
     Raises:
@@ -93,7 +94,7 @@ class DINOv3ViT(ViTInterface):
         final_norm: bool = True,
         frozen_stages: int = -1,
         attn_backend: str = "auto",
-        with_cp: bool = False,
+        with_cp: bool | str = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         settings = resolve_vit_arch(

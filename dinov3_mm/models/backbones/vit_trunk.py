@@ -7,7 +7,6 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import initialize
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..layers import (
     Block,
@@ -22,6 +21,7 @@ from ..layers import (
     draw_subset,
     ffn_hidden_dims,
 )
+from ..layers.recompute import check_mode, run_recomputed
 
 _SELF_INITIALISED = (PatchEmbed, RotaryEmbedding2D, LayerScale, LayerNorm, RMSNorm)
 _BLOCK_SETTINGS = (
@@ -67,7 +67,7 @@ class ViTTrunk(BaseModule):
         rope: dict[str, Any] | None,
         drop_path_rate: float,
         attn_backend: str,
-        with_cp: bool,
+        with_cp: bool | str,
         init_cfg: dict | list[dict] | None,
     ) -> None:
         super().__init__(init_cfg)
@@ -82,7 +82,7 @@ class ViTTrunk(BaseModule):
         self.chunked_blocks = False
         self.drop_path_rate = drop_path_rate
         self.attn_backend = attn_backend
-        self.with_cp = with_cp
+        self.with_cp = check_mode(with_cp)
         self._build_modules(rope)
 
     def _build_modules(self, rope: dict[str, Any] | None) -> None:
@@ -220,9 +220,7 @@ class ViTTrunk(BaseModule):
             if block.training and self.drop_path_rate > 0:
                 inputs += [draw_subset(shapes, self.drop_path_rate, x.device) for _ in range(2)]
             if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, shapes, *inputs, use_reentrant=False, preserve_rng_state=False
-                )
+                x = run_recomputed(self.with_cp, block, x, shapes, *inputs)
             else:
                 x = block(x, shapes, *inputs)
             if index in layers:

@@ -2,7 +2,7 @@
 
 from .dinov3 import DINOv3
 from .gram_teacher import GramTeacher
-from .head import DINOHead
+from .head import DINOv3Head
 from .preprocessor import MultiCropPreprocessor
 
-__all__ = ["DINOHead", "DINOv3", "GramTeacher", "MultiCropPreprocessor"]
+__all__ = ["DINOv3", "DINOv3Head", "GramTeacher", "MultiCropPreprocessor"]

@@ -11,7 +11,7 @@ from ..losses.chunked_prototypes import (
     chunked_cross_entropy,
     sinkhorn_assignments,
 )
-from .head import DINOHead
+from .head import DINOv3Head
 
 NUM_GLOBAL_CROPS = 2
 
@@ -19,7 +19,7 @@ NUM_GLOBAL_CROPS = 2
 class WholeComparison:
     """Logits (n, K) of all samples at once; teacher probabilities of the same shape."""
 
-    def scores(self, head: DINOHead, features: Tensor) -> Tensor:
+    def scores(self, head: DINOv3Head, features: Tensor) -> Tensor:
         """Logits of features (n, D)."""
         return head(features)
 
@@ -87,7 +87,7 @@ class ChunkedComparison:
             raise ValueError(f"prototype_chunk_size must be at least 1, got {chunk_size}")
         self.chunk_size = chunk_size
 
-    def scores(self, head: DINOHead, features: Tensor) -> Projections:
+    def scores(self, head: DINOv3Head, features: Tensor) -> Projections:
         """Bottleneck features and prototypes, in the dtype in which the head computes."""
         return Projections(*head.project_and_prototypes(features))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @MODELS.register_module()
-class DINOHead(BaseModule):
+class DINOv3Head(BaseModule):
     """MLP to a bottleneck, L2 normalisation, linear layer onto the prototypes.
 
     Unlike the heads of DINO and DINOv2, the prototypes carry no weight normalisation.
@@ -46,7 +46,7 @@ class DINOHead(BaseModule):
         )
         for name, value in sizes.items():
             if value < 1:
-                raise ValueError(f"DINOHead: {name} must be at least 1, got {value}")
+                raise ValueError(f"DINOv3Head: {name} must be at least 1, got {value}")
         self.num_prototypes = num_prototypes
         self.mlp = _build_mlp(in_dims, hidden_dims, bottleneck_dims, num_layers)
         self.last_layer = nn.Linear(bottleneck_dims, num_prototypes, bias=False)

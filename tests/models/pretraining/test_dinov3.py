@@ -12,7 +12,7 @@ import dinov3_mm.engine.optim  # noqa: F401  (registers the optimizer wrapper)
 from dinov3_mm.checkpoints import export_backbone
 from dinov3_mm.engine.runner.training_state import write_training_state
 from dinov3_mm.models.backbones import DINOv3ViT
-from dinov3_mm.models.pretraining import DINOHead, DINOv3
+from dinov3_mm.models.pretraining import DINOv3Head, DINOv3
 from tests.golden import assert_parity
 
 from .toy import BACKBONE, HEAD, build_toy, prepared, toy_batch
@@ -240,7 +240,7 @@ def test_start_from_a_training_state(tmp_path):
 def test_state_dict_has_the_names_of_training_checkpoints():
     keys = build_toy(gram=dict()).state_dict().keys()
     backbone = set(DINOv3ViT(**{k: v for k, v in BACKBONE.items() if k != "type"}).state_dict())
-    head = set(DINOHead(4, 4).state_dict())
+    head = set(DINOv3Head(4, 4).state_dict())
     assert head == {f"mlp.{i}.{p}" for i in (0, 2, 4) for p in ("weight", "bias")} | {
         "last_layer.weight"
     }
@@ -279,8 +279,8 @@ def test_heads_must_fit_and_batch_norm_is_refused():
         DINOv3(BACKBONE, {**HEAD, "in_dims": 64}, HEAD)
     DINOv3(BACKBONE, {**HEAD, "in_dims": 32}, HEAD)
     with pytest.raises(TypeError, match="ibot_head must be a config dict"):
-        DINOv3(BACKBONE, HEAD, DINOHead(32, 24))
-    with pytest.raises(ValueError, match="DINOHead: num_layers must be at least 1"):
+        DINOv3(BACKBONE, HEAD, DINOv3Head(32, 24))
+    with pytest.raises(ValueError, match="DINOv3Head: num_layers must be at least 1"):
         DINOv3(BACKBONE, {**HEAD, "num_layers": 0}, HEAD)
     backbone = DINOv3ViT(**{k: v for k, v in BACKBONE.items() if k != "type"})
     backbone.extra = nn.BatchNorm2d(3)

@@ -14,7 +14,7 @@ BACKBONE = dict(
     layer_scale_init_value=1.0,
     untie_global_and_local_cls_norm=True,
 )
-HEAD = dict(type="DINOHead", num_prototypes=24, hidden_dims=32, bottleneck_dims=16)
+HEAD = dict(type="DINOv3Head", num_prototypes=24, hidden_dims=32, bottleneck_dims=16)
 
 
 def build_toy(**settings) -> DINOv3:
