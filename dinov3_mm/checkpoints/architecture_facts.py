@@ -96,7 +96,8 @@ def settings_of(
     if not facts["layer_scale"]:
         arch["layer_scale_init_value"] = 0.0
     kind = gated_ffn if facts["ffn"] == "swiglu" else "mlp"
-    return {**arch, **_ffn(kind, facts["embed_dims"], facts["ffn_hidden_dims"])}
+    ratio = _ffn_ratio(kind, facts["embed_dims"], facts["ffn_hidden_dims"], arch["ffn_ratio"])
+    return {**arch, "ffn_layer": kind, "ffn_ratio": ratio}
 
 
 def describe_differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
@@ -119,13 +120,13 @@ def has_name(names: Iterable[str], *endings: str) -> bool:
     return any(name.endswith(endings) for name in names)
 
 
-def _ffn(kind: str, dims: int, hidden: int) -> dict[str, Any]:
-    """Name and ratio that give the hidden width."""
+def _ffn_ratio(kind: str, dims: int, hidden: int, usual: float) -> float:
+    """Ratio that gives the hidden width; the usual one if it does."""
     ratio = hidden / dims if kind == "mlp" else 1.5 * hidden / dims
     # Widths are truncated products: a quotient that was rounded down needs the next larger value.
-    for candidate in (ratio, math.nextafter(ratio, math.inf)):
+    for candidate in (usual, ratio, math.nextafter(ratio, math.inf)):
         if ffn_hidden_dims(kind, dims, candidate) == hidden:
-            return {"ffn_layer": kind, "ffn_ratio": candidate}
+            return candidate
     raise ValueError(
         f"a hidden width of {hidden} is impossible for a SwiGLU: no multiple of 8 (width {dims})"
     )

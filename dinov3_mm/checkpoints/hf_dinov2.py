@@ -3,12 +3,14 @@
 The library knows two sets of names: the ones on disk, and those of version 5 in memory.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models.layers import ffn_hidden_dims
 from .conversion import Conversion, ConversionRequest
 from .dinov2_architecture import resampling_note
 from .hf_vit import norm_of_eps
@@ -116,6 +118,10 @@ def hf_dinov2_config(
         arch: architecture settings of the backbone.
         tensors: its weights under Hugging Face names.
         dtype: of the weights, e.g. 'float32'.
+
+    Raises:
+        ValueError: If no whole ``ffn_ratio``, the only ones that the library takes, gives the
+            hidden width.
     """
     registers = arch["num_registers"]
     name = "Dinov2WithRegisters" if registers else "Dinov2"
@@ -126,7 +132,7 @@ def hf_dinov2_config(
         "hidden_size": arch["embed_dims"],
         "num_hidden_layers": arch["num_layers"],
         "num_attention_heads": arch["num_heads"],
-        "mlp_ratio": arch["ffn_ratio"],
+        "mlp_ratio": _whole_ratio(arch),
         "use_swiglu_ffn": arch["ffn_layer"] != "mlp",
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
@@ -141,6 +147,18 @@ def hf_dinov2_config(
         "qkv_bias": arch["qkv_bias"],
         **({"num_register_tokens": registers} if registers else {}),
     }
+
+
+def _whole_ratio(arch: Mapping[str, Any]) -> int:
+    layer, dims, ratio = arch["ffn_layer"], arch["embed_dims"], arch["ffn_ratio"]
+    hidden = ffn_hidden_dims(layer, dims, ratio)
+    for whole in (math.floor(ratio), math.ceil(ratio)):
+        if ffn_hidden_dims(layer, dims, whole) == hidden:
+            return whole
+    raise ValueError(
+        f"Hugging Face's DINOv2 takes whole numbers as mlp_ratio, and none gives the hidden width "
+        f"{hidden} of this backbone (embed_dims {dims}, ffn_ratio {ratio})"
+    )
 
 
 def _names_on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

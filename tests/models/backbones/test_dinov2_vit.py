@@ -13,15 +13,9 @@ from tests.golden import assert_parity
 
 # Names of a block in the official files.
 BLOCK = [
-    "norm1.weight",
-    "norm1.bias",
-    "attn.qkv.weight",
-    "attn.qkv.bias",
-    "attn.proj.weight",
-    "attn.proj.bias",
-    "ls1.gamma",
-    "norm2.weight",
-    "norm2.bias",
+    f"{layer}.{leaf}"
+    for layer in ("norm1", "attn.qkv", "attn.proj", "ls1", "norm2")
+    for leaf in (("gamma",) if layer == "ls1" else ("weight", "bias"))
 ]
 
 
