@@ -2,6 +2,17 @@
 
 from dinov3_mm.apis.hub import hub_entry_points as _hub_entry_points
 
-dependencies = ["torch", "torchvision", "mmengine", "numpy", "PIL", "cv2", "safetensors", "rich"]
+dependencies = [
+    "torch",
+    "torchvision",
+    "mmengine",
+    "numpy",
+    "PIL",
+    "cv2",
+    "safetensors",
+    "rich",
+    "matplotlib",
+    "psutil",
+]
 
 globals().update(_hub_entry_points())
