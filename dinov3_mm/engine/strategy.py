@@ -15,6 +15,7 @@ from torch import nn
 
 import dinov3_mm
 from dinov3_mm.datasets.randomness import torch_seed
+from dinov3_mm.engine.networks import compile_units
 from dinov3_mm.engine.runner.sharded_state import load_sharded_state
 from dinov3_mm.engine.runner.training_state import (
     load_model_state,
@@ -32,7 +33,15 @@ class PretrainStrategy(SingleDeviceStrategy):
 
     Checkpoints are those of :mod:`dinov3_mm.engine.runner.training_state`: complete or absent, and
     read without unpickling.
+
+    Args:
+        compile_blocks (bool): Compile each block of the backbones with ``torch.compile``.
+        **kwargs: See :class:`mmengine._strategy.BaseStrategy`.
     """
+
+    def __init__(self, *, compile_blocks: bool = False, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.compile_blocks = compile_blocks
 
     # Whether checkpoints are folders that all ranks write.
     saves_shards = False
@@ -48,7 +57,13 @@ class PretrainStrategy(SingleDeviceStrategy):
         return super()._init_model_weights(model)
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
-        return model.to(training_device())
+        return self._compiled(model).to(training_device())
+
+    def _compiled(self, model: nn.Module) -> nn.Module:
+        if self.compile_blocks:
+            count = compile_units(model)
+            self.logger.info(f"torch.compile: {count} blocks, compiled when they first run")
+        return model
 
     def load_checkpoint(
         self, filename: str, *, callback: Callable[[dict], None] | None = None, **_
@@ -178,7 +193,7 @@ class PretrainDDPStrategy(PretrainStrategy, DDPStrategy):
         # buckets as views: no second copy of the gradients
         settings = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         return MMDistributedDataParallel(
-            module=self.convert_model(model).to(device),
+            module=self.convert_model(self._compiled(model)).to(device),
             device_ids=None if device.type == "cpu" else [device.index],
             **{**settings, **(self.model_wrapper or {})},
         )

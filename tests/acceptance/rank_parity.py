@@ -82,6 +82,12 @@ STRATEGIES = {
     "fsdp2-background": dict(strategy=dict(type="FSDP2Strategy", save_in_background=True)),
     "fsdp2-replicas": dict(strategy=dict(type="FSDP2Strategy", num_replicas=2)),
     "fsdp2-gathered": dict(strategy=dict(type="FSDP2Strategy", reshard_after_forward=False)),
+    "ddp-compile": dict(strategy=dict(type="PretrainDDPStrategy", compile_blocks=True)),
+    "fsdp2-compile": dict(strategy=dict(type="FSDP2Strategy", compile_blocks=True)),
+    "fsdp2-selective": {
+        "strategy": dict(type="FSDP2Strategy"),
+        "model.backbone.with_cp": "selective",
+    },
     "fsdp2-recompute": {
         "strategy": dict(type="FSDP2Strategy"),
         "model.backbone.with_cp": True,

@@ -1,6 +1,5 @@
 """How the networks of the algorithm are cut into shards with PyTorch's ``fully_shard``."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-# Networks of the algorithm that run on their own; each holds a backbone and perhaps heads.
-NETWORKS = ("student", "teacher", "gram_teacher", "distillation_teacher")
+from dinov3_mm.engine.networks import networks_of, units_of
+
 _FORWARD_METHODS = ("forward_tokens", "forward_features", "get_intermediate_layers")
 
 
@@ -44,24 +43,6 @@ class ShardingPolicy:
         )
 
 
-def networks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every network of the algorithm that is there."""
-    for name in NETWORKS:
-        network = getattr(model, name, None)
-        if isinstance(network, nn.Module):
-            yield name, network
-
-
-def shard_units(backbone: nn.Module) -> list[nn.Module]:
-    """Parts of a backbone that are gathered one at a time, in the order of their forward pass."""
-    if hasattr(backbone, "blocks"):
-        return list(backbone.blocks)
-    if hasattr(backbone, "downsample_layers"):
-        pairs = zip(backbone.downsample_layers, backbone.stages)
-        return [unit for pair in pairs for unit in pair]
-    return []
-
-
 def shard_model(model: nn.Module, mesh: DeviceMesh, policy: ShardingPolicy) -> nn.Module:
     """Shard every network of the algorithm over ``mesh``, in place.
 
@@ -89,7 +70,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, policy: ShardingPolicy) -> n
 
 
 def _shard_backbone(backbone: nn.Module, settings: dict, num_prefetch: int) -> None:
-    units = shard_units(backbone)
+    units = units_of(backbone)
     for unit in units:
         fully_shard(unit, **settings)
     fully_shard(backbone, **settings)

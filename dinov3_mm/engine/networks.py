@@ -1,0 +1,49 @@
+"""The networks of the algorithm and the parts that are compiled and sharded one at a time."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+# Networks of the algorithm that run on their own; each holds a backbone and perhaps heads.
+NETWORKS = ("student", "teacher", "gram_teacher", "distillation_teacher")
+
+
+def networks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every network of the algorithm that is there."""
+    for name in NETWORKS:
+        network = getattr(model, name, None)
+        if isinstance(network, nn.Module):
+            yield name, network
+
+
+def units_of(backbone: nn.Module) -> list[nn.Module]:
+    """Parts of a backbone in the order of their forward pass: blocks, or stages and what leads to
+    them.
+    """
+    if hasattr(backbone, "blocks"):
+        return list(backbone.blocks)
+    if hasattr(backbone, "downsample_layers"):
+        pairs = zip(backbone.downsample_layers, backbone.stages)
+        return [unit for pair in pairs for unit in pair]
+    return []
+
+
+def compile_units(model: nn.Module) -> int:
+    """Compile every block of every network on its own, in place; names of parameters stay.
+
+    Blocks are alike, so one compilation serves all of them, and the loop over blocks stays plain
+    Python.
+
+    Returns:
+        How many parts were compiled.
+    """
+    units = [
+        unit
+        for _, network in networks_of(model)
+        for name, child in network.named_children()
+        if name == "backbone"
+        for unit in units_of(child)
+    ]
+    for unit in units:
+        unit.compile()
+    return len(units)
