@@ -165,8 +165,11 @@ def _allocate_moments(optimizer: Optimizer, stored: Mapping) -> dict[str, Tensor
             param, _, key = name.removeprefix("optimizer.").rpartition(".")
             moments.setdefault(param, []).append(key)
     params = _named_params(optimizer)
-    if moments and moments.keys() != params.keys():
-        refuse_mismatch(params.keys() - moments.keys(), moments.keys() - params.keys(), [])
+    # A sub-module that is still frozen has no moments yet.
+    begun = {param.split(".")[0] for param in moments}
+    missing = {name for name in params.keys() - moments.keys() if name.split(".")[0] in begun}
+    if missing or moments.keys() - params.keys():
+        refuse_mismatch(missing, moments.keys() - params.keys(), [])
     for name, keys in moments.items():
         param = params[name]
         for key in keys:

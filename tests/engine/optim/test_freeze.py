@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmengine.model import MMDistributedDataParallel
 
+from dinov3_mm.engine.runner.sharded_state import load_sharded_state, save_sharded_state
 from tests.engine.optim.models import ToyModel
 from tests.engine.optim.test_constructor import build, by_name
 
@@ -94,6 +95,28 @@ def test_a_state_saved_in_the_freeze_is_resumed():
         wrapper.update_params(model(batch(1)))
         results.append(copy.deepcopy(model.state_dict()))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_shards_saved_in_the_freeze_are_resumed(tmp_path):
+    model = ToyModel()
+    wrapper = build(model, **OPTIONS)
+    wrapper.frozen = frozenset(("backbone",))
+    wrapper.update_params(model(batch(0)))
+    save_sharded_state(tmp_path / "state", model, wrapper.optimizer, {"meta": {}})
+    resumed = ToyModel()
+    other = build(resumed, **OPTIONS)
+    load_sharded_state(tmp_path / "state", resumed, other.optimizer)
+    for each, network in ((wrapper, model), (other, resumed)):
+        each.frozen = frozenset()
+        each.update_params(network(batch(1)))
+    expected = model.state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in resumed.state_dict().items())
+    # a single parameter without moments is no freeze
+    lost = wrapper.optimizer.param_groups[0]["params"][0]
+    del wrapper.optimizer.state[lost]
+    save_sharded_state(tmp_path / "damaged", model, wrapper.optimizer, {"meta": {}})
+    with pytest.raises(ValueError, match="1 missing in the checkpoint"):
+        load_sharded_state(tmp_path / "damaged", ToyModel(), build(ToyModel(), **OPTIONS).optimizer)
 
 
 def train_rank(rank: int, store: str, out: str) -> None:
