@@ -140,7 +140,7 @@ def test_rope_rotation(case, tolerance, compiling, grad, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["vit_mlp", "vit_swiglu"])
-def test_initialisation_is_bit_exact(name):
+def test_initialisation_draws_the_same_numbers(name):
     description, tensors = load_golden("backbones_init")
     model = build_from_recorded(description["constructors"][name])
     for tensor in model.state_dict().values():
@@ -150,7 +150,8 @@ def test_initialisation_is_bit_exact(name):
     expected, state = state_dict_of(tensors, f"{name}."), model.state_dict()
     assert set(state) == set(expected)
     for key, value in state.items():
-        assert torch.equal(value, expected[key]), key
+        # Truncated normals pass through erfinv, whose last bits depend on the processor.
+        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=key)
 
 
 @torch.no_grad()

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dense_attention import dense_attention, prefers_dense_attention
+from .linear import Linear, linear
 from .rope import RopeTables
 from .rotation import QueryKeyValue, SequenceShape, rotate_packed_qkv, split_packed_qkv
 
 ATTN_BACKENDS = ("auto", "sdpa", "xformers")
 
 
-class MaskedKBiasLinear(nn.Linear):
+class MaskedKBiasLinear(Linear):
     """The fused q, k, v projection with a bias that is switched off for k.
 
     The effective bias is ``bias * bias_mask``; the mask (1 for q and v, 0 for k) is a buffer, so
@@ -36,7 +37,7 @@ class MaskedKBiasLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``x`` (..., D) to (..., 3 D)."""
-        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+        return linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
 class SelfAttention(nn.Module):
@@ -77,8 +78,8 @@ class SelfAttention(nn.Module):
         if mask_k_bias and qkv_bias:
             self.qkv = MaskedKBiasLinear(dims, 3 * dims)
         else:
-            self.qkv = nn.Linear(dims, 3 * dims, bias=qkv_bias)
-        self.proj = nn.Linear(dims, dims, bias=proj_bias)
+            self.qkv = Linear(dims, 3 * dims, bias=qkv_bias)
+        self.proj = Linear(dims, dims, bias=proj_bias)
 
     def forward(
         self, x: Tensor, shapes: list[SequenceShape], tables: list[RopeTables] | None

@@ -3,14 +3,16 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .linear import Linear
+
 
 class Mlp(nn.Module):
     """``fc2(gelu(fc1(x)))`` with the exact (erf) GELU."""
 
     def __init__(self, dims: int, hidden_dims: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dims, hidden_dims, bias=bias)
-        self.fc2 = nn.Linear(hidden_dims, dims, bias=bias)
+        self.fc1 = Linear(dims, hidden_dims, bias=bias)
+        self.fc2 = Linear(hidden_dims, dims, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., D) to (..., D)."""
@@ -22,9 +24,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dims: int, hidden_dims: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dims, hidden_dims, bias=bias)
-        self.w2 = nn.Linear(dims, hidden_dims, bias=bias)
-        self.w3 = nn.Linear(hidden_dims, dims, bias=bias)
+        self.w1 = Linear(dims, hidden_dims, bias=bias)
+        self.w2 = Linear(dims, hidden_dims, bias=bias)
+        self.w3 = Linear(hidden_dims, dims, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., D) to (..., D)."""
@@ -36,8 +38,8 @@ class FusedSwiGLU(nn.Module):
 
     def __init__(self, dims: int, hidden_dims: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.w12 = nn.Linear(dims, 2 * hidden_dims, bias=bias)
-        self.w3 = nn.Linear(hidden_dims, dims, bias=bias)
+        self.w12 = Linear(dims, 2 * hidden_dims, bias=bias)
+        self.w3 = Linear(hidden_dims, dims, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., D) to (..., D)."""
