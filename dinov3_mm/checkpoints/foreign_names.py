@@ -6,14 +6,24 @@ from typing import Any
 from torch import Tensor
 
 from .hf_convnext import convnext_to_hf
+from .hf_dinov2 import dinov2_to_hf
 from .hf_vit import to_hf as vit_to_hf
 from .selecting import select_backbone
 from .timm_convnext import convnext_to_timm
+from .timm_dinov2 import dinov2_to_timm
 from .timm_vit import to_timm as vit_to_timm
 
 # By class name in the MODELS registry.
-TO_HF = {"DINOv3ViT": vit_to_hf, "DINOv3ConvNeXt": convnext_to_hf}
-TO_TIMM = {"DINOv3ViT": vit_to_timm, "DINOv3ConvNeXt": convnext_to_timm}
+TO_HF = {
+    "DINOv3ViT": vit_to_hf,
+    "DINOv3ConvNeXt": convnext_to_hf,
+    "DINOv2ViT": dinov2_to_hf,
+}
+TO_TIMM = {
+    "DINOv3ViT": vit_to_timm,
+    "DINOv3ConvNeXt": convnext_to_timm,
+    "DINOv2ViT": dinov2_to_timm,
+}
 
 
 def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The two building blocks of ConvNeXt (Liu et al., arXiv 2201.03545), on maps (B, H, W, C).
+"""The building blocks of ConvNeXt (Liu et al., arXiv 2201.03545), on maps (B, H, W, C).
 
 With the channels last, norms and pointwise layers need no copy, and the map seen as (B, C, H, W)
 has the ``channels_last`` memory format, the fast one for convolutions.
@@ -33,6 +33,23 @@ class PatchConv2d(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class DepthwiseConv2d(nn.Conv2d):
+    """7 x 7 convolution of each channel with itself, padded to keep the size.
+
+    Args:
+        dims: channels.
+    """
+
+    def __init__(self, dims: int) -> None:
+        super().__init__(dims, dims, 7, padding=3, groups=dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to the same shape."""
+        # Through this view the gradient has the strides of the weight, and of DDP's buckets.
+        weight = self.weight.flatten(1).view(self.weight.shape)
+        return self._conv_forward(x.permute(0, 3, 1, 2), weight, self.bias).permute(0, 2, 3, 1)
+
+
 class ConvNeXtBlock(nn.Module):
     """``x + gamma * pwconv2(gelu(pwconv1(norm(dwconv(x)))))`` with per-sample stochastic depth.
 
@@ -54,7 +71,7 @@ class ConvNeXtBlock(nn.Module):
             if layer_scale_init_value
             else None
         )
-        self.dwconv = nn.Conv2d(dims, dims, 7, padding=3, groups=dims)
+        self.dwconv = DepthwiseConv2d(dims)
         self.norm = LayerNorm(dims, eps=1e-6)
         self.pwconv1 = Linear(dims, 4 * dims)
         self.pwconv2 = Linear(4 * dims, dims)
@@ -66,7 +83,7 @@ class ConvNeXtBlock(nn.Module):
             x: map (B, H, W, C).
             scale: factor on the residual of each image (B, 1, 1, 1), see :meth:`draw_scale`.
         """
-        branch = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        branch = self.dwconv(x)
         rows = self._max_chunk_rows(x)
         if rows is None:
             return self._add_pointwise(x, branch, scale)

@@ -150,6 +150,8 @@ def test_every_parameter_gets_a_gradient_and_no_pass_differs():
         output = model.forward_tokens([x, image(2, 32, 32)])
         sum((t * t).sum() for tokens in output for t in tokens).backward()
         assert [n for n, p in model.named_parameters() if p.grad is None] == []
+        # DDP's buckets have the strides of the parameters.
+        assert all(p.grad.stride() == p.stride() for p in model.parameters())
         results.append([p.grad for p in model.parameters()] + [torch.rand(3)])
     assert all(map(torch.equal, *results))
 
