@@ -24,6 +24,7 @@ import dinov3_mm
 from dinov3_mm.checkpoints import to_hf, to_timm
 from dinov3_mm.engine.runner.files import latest_export_path
 from dinov3_mm.evaluation.records import read_records
+from dinov3_mm.hosts import require_host
 from tests.golden import assert_parity
 from tests.integration.continue_run import toy_continue, write_released_like, write_scenes
 from tests.integration.toy_run import REPOSITORY, start_training, train
@@ -184,6 +185,7 @@ def compare_hosts(path: Path, images: torch.Tensor) -> dict[str, float]:
         if importlib.util.find_spec(host) is None:
             print(f"{host}: not installed, not asked")
             continue
+        require_host(host)
         registry = importlib.import_module(f"{host}.registry").MODELS
         module = registry.build(copy.deepcopy(cfg)).eval()
         module.init_weights()

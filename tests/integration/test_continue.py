@@ -114,7 +114,9 @@ def optimizer_by_name(state):
     return {names[key]: value for key, value in state["optimizer"]["state"].items()}
 
 
-@pytest.mark.parametrize("stop", [2, 4, 6])
+@pytest.mark.parametrize(
+    "stop", [2, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (4, 6))]
+)
 def test_resume_is_exact_in_and_after_the_freeze(straight, images, weights, tmp_path, stop):
     work_dir = tmp_path / "run"
     given = ("--data", str(images), "--weights", str(weights))
@@ -170,6 +172,7 @@ def test_a_gram_teacher_is_the_released_backbone(images, weights, tmp_path):
     assert trace[ITERS]["gram_loss"] > 0 and trace[1]["gram_weight"] == 1
 
 
+@pytest.mark.slow
 def test_a_convnext_continues_without_masks(images, tmp_path):
     weights = random_convnext(tmp_path / "convnext.pth")
     cfg = recipe(tmp_path / "run", "continue_convnext_tiny", train_cfg__max_iters=8)

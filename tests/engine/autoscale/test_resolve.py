@@ -74,7 +74,7 @@ def test_a_learning_rate_may_be_one_word():
 
 def test_a_config_without_auto_builds_no_source():
     cfg = recipe()
-    cfg.merge_from_dict({path: 7 for path in auto_places(cfg) if not path.endswith("source")})
+    cfg.merge_from_dict(dict.fromkeys(auto_places(cfg), 7))
     assert auto_places(cfg) == []
     assert resolve_auto(cfg) == [] and RECORD not in cfg
 
