@@ -85,7 +85,7 @@ class FSDP2Strategy(PretrainStrategy):
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         mesh = self._mesh()
-        shard_model(self._compiled(model), mesh, self.policy)
+        shard_model(self._accelerated(model), mesh, self.policy)
         materialise(model, training_device())
         torch.manual_seed(torch_seed(self.seed, BEFORE_THE_FIRST_STEP))
         with WholeTensorDraws():

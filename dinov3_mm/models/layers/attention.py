@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dense_attention import dense_attention, prefers_dense_attention
-from .linear import Linear, linear
+from .linear import Linear
 from .rope import RopeTables
 from .rotation import QueryKeyValue, SequenceShape, rotate_packed_qkv, split_packed_qkv
 
@@ -37,7 +37,7 @@ class MaskedKBiasLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``x`` (..., D) to (..., 3 D)."""
-        return linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+        return self.product(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
 class SelfAttention(nn.Module):

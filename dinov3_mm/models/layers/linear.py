@@ -17,14 +17,6 @@ if torch.backends.mkldnn.is_available():
         _ONEDNN_DTYPES += (torch.bfloat16,)
 
 
-class Linear(nn.Linear):
-    """``nn.Linear``, with oneDNN for inference on the CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (..., C) to (..., D)."""
-        return linear(x, self.weight, self.bias)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, with oneDNN for inference on the CPU."""
     if _suits_onednn(x, weight):
@@ -44,3 +36,17 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and torch.backends.mkldnn.enabled
     )
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, with oneDNN for inference on the CPU.
+
+    Attributes:
+        product: ``product(x, weight, bias)``; another kind of matrix product may take its place.
+    """
+
+    product = staticmethod(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., C) to (..., D)."""
+        return self.product(x, self.weight, self.bias)
