@@ -20,7 +20,7 @@ from .feature_files.merge import merge_shards
 from .feature_files.plan import FORMAT_VERSION, ExtractionPlan, check_same
 from .feature_files.shards import ShardBuffer, read_shard_header, write_shard
 from .fields import FieldSelection
-from .image_loading import load_batches
+from .image_loading import SourcePixels, load_batches
 
 Progress = Callable[[int, int], None]  # images with features, images left out
 
@@ -103,7 +103,7 @@ class ExtractionRun:
             for first in range(0, len(indices), size)
         ]
         loaded = load_batches(
-            self.source,
+            SourcePixels(self.source),
             batches,
             self.extractor.preparation,
             num_workers=min(num_workers, len(batches)),

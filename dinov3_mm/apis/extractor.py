@@ -15,21 +15,22 @@ from torch import Tensor, nn
 
 from dinov3_mm.checkpoints import Statistics
 from dinov3_mm.checkpoints.statistics import named_statistics
-from dinov3_mm.datasets.sources import read_image
+from dinov3_mm.datasets.sources import BrokenImageError, read_image
 from dinov3_mm.evaluation.features import evaluating
 from dinov3_mm.suggest import hint
 
 from .backbone import describe, open_backbone
 from .forwards import ForwardThreads
+from .image_loading import GivenPixels, LoadedBatch, load_batches
 from .layers import Layers, resolve_layers
-from .preparation import NATIVE, ImageLike, ImagePreparation, load_pixels, parse_image_size
+from .preparation import NATIVE, ImageLike, ImagePreparation, parse_image_size
 from .tiling import Tiling
 from .tokens import ImageFeatures, Tokens, join_features
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Tokens of one pass on one CPU thread: enough for efficient matrix products, small enough that its
 # activations stay in the caches and that the threads finish together.
-_TOKENS_PER_THREAD = 1024
+_TOKENS_PER_THREAD = 2048
 _BATCHES_IN_FLIGHT = 2
 _WAITING_BATCHES = 4
 
@@ -174,12 +175,15 @@ class FeatureExtractor:
         """Provenance of the features as JSON: backbone, architecture, weights, fingerprint."""
         return describe(self.backbone, self.origin)
 
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> ImageFeatures:
+    def __call__(
+        self, images: ImageLike | Sequence[ImageLike], *, num_workers: int = 0
+    ) -> ImageFeatures:
         """Features of one image or of several, in their order, as fp32 tensors on the CPU.
 
         Args:
             images: paths, PIL images, arrays (H, W, C) or tensors (C, H, W), or a batch as one
                 array or tensor; pixels are uint8, or floating point in the 0..255 scale.
+            num_workers: processes that decode and resize; 0 does it in this one.
 
         Raises:
             BrokenImageError: If a file cannot be decoded.
@@ -188,9 +192,7 @@ class FeatureExtractor:
             ValueError: If there are no images, or one does not fit the backbone.
         """
         images = _as_list(images)
-        loaded = (self.preparation(load_pixels(image, self.read)) for image in images)
-        batches = group_by_size(enumerate(loaded), self.capacity)
-        tags, parts = zip(*self.stream(batches))
+        tags, parts = zip(*self.stream(self._load(images, num_workers)))
         positions = np.concatenate(tags)
         return join_features(parts, np.argsort(positions).tolist())
 
@@ -221,6 +223,22 @@ class FeatureExtractor:
                     yield _collect(*started.popleft())
             for tag, futures in started:
                 yield _collect(tag, futures)
+
+    def _load(
+        self, images: Sequence[ImageLike], num_workers: int
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """(positions, pixels (B, C, h, w)) of images of equal size."""
+        pixels = GivenPixels(images, self.read)
+        if num_workers == 0:
+            prepared = ((index, self.preparation(pixels(index))) for index in range(len(images)))
+            return group_by_size(prepared, self.capacity)
+        size = 1 if self.preparation.size is None else self.capacity(*self.preparation.size)
+        batches = [range(len(images))[i : i + size] for i in range(0, len(images), size)]
+        loaded = load_batches(pixels, batches, self.preparation, num_workers=num_workers)
+        groups = _all_usable(loaded, images)
+        if size > 1:
+            return groups
+        return group_by_size(((index[0], batch[0]) for index, batch in groups), self.capacity)
 
     def capacity(self, height: int, width: int) -> int:
         """Images of a size per pass."""
@@ -336,6 +354,16 @@ def group_by_size(
             yield _stacked(waiting.pop(max(waiting, key=filled)))
     for group in waiting.values():
         yield _stacked(group)
+
+
+def _all_usable(
+    loaded: Iterable[LoadedBatch], images: Sequence[ImageLike]
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    for groups, left_out in loaded:
+        for index, reason in left_out:
+            is_file = isinstance(images[index], (str, os.PathLike))
+            raise BrokenImageError(str(images[index]) if is_file else f"image {index}", reason)
+        yield from groups
 
 
 def _stacked(group: list[tuple[int, Tensor]]) -> tuple[tuple[int, ...], Tensor]:

@@ -1,8 +1,9 @@
 """Images of a source as prepared batches, decoded and resized in worker processes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -10,7 +11,13 @@ from torch.utils.data import DataLoader, Dataset
 from dinov3_mm.datasets.loader import init_worker
 from dinov3_mm.datasets.sources import BrokenImageError, FileSource, ImageSource
 
-from .preparation import ImagePreparation, UnsuitableImageError, from_array
+from .preparation import (
+    ImageLike,
+    ImagePreparation,
+    UnsuitableImageError,
+    from_array,
+    load_pixels,
+)
 
 
 class ImageFiles(FileSource):
@@ -39,17 +46,45 @@ class LoadedBatch(NamedTuple):
     left_out: list[tuple[int, str]]
 
 
+class SourcePixels:
+    """Pixels (C, H, W) of a source by index."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+
+    def __call__(self, index: int) -> Tensor:
+        return from_array(self.source.load_image(index))
+
+
+class GivenPixels:
+    """Pixels (C, H, W) of images in any form by index; see :func:`load_pixels`."""
+
+    def __init__(self, images: Sequence[ImageLike], read: Callable[[str], np.ndarray]) -> None:
+        self.images, self.read = images, read
+
+    def __call__(self, index: int) -> Tensor:
+        return load_pixels(self.images[index], self.read)
+
+
 def load_batches(
-    source: ImageSource,
+    load: Callable[[int], Tensor],
     batches: Sequence[Sequence[int]],
     preparation: ImagePreparation,
     *,
     num_workers: int,
     pin_memory: bool = False,
 ) -> Iterator[LoadedBatch]:
-    """Prepared images for lists of indices, in their order."""
+    """Prepared images for lists of indices, in their order.
+
+    Args:
+        load: pixels (C, H, W) by index.
+        batches: indices of each batch.
+        preparation: geometry of the inputs.
+        num_workers: processes that load; 0 loads in this one.
+        pin_memory: for copies to a CUDA device.
+    """
     loader = DataLoader(
-        _PreparedImages(source, preparation),
+        _PreparedImages(load, preparation),
         batch_sampler=batches,
         collate_fn=_collate,
         num_workers=num_workers,
@@ -61,15 +96,12 @@ def load_batches(
 
 
 class _PreparedImages(Dataset):
-    def __init__(self, source: ImageSource, preparation: ImagePreparation) -> None:
-        self.source, self.preparation = source, preparation
-
-    def __len__(self) -> int:
-        return len(self.source)
+    def __init__(self, load: Callable[[int], Tensor], preparation: ImagePreparation) -> None:
+        self.load, self.preparation = load, preparation
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            return index, self.preparation(from_array(self.source.load_image(index)))
+            return index, self.preparation(self.load(index))
         except BrokenImageError as error:
             return index, error.reason
         except UnsuitableImageError as error:

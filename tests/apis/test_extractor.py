@@ -101,6 +101,9 @@ def test_forms_and_batches_give_the_same(tmp_path):
         [str(paths[0]), pictures[1], *paths[2:]],
     ):
         assert torch.equal(extractor(images).patches, expected.patches)
+    assert torch.equal(extractor(paths, num_workers=2).patches, expected.patches)
+    native = toy_extractor(image_size="native")
+    assert_parity(native(paths, num_workers=1).patches, native(paths).patches)
     single = extractor(paths[3])
     assert single.cls.shape == (1, 32)
     assert_parity(single.cls[0], expected.cls[3])
@@ -266,6 +269,10 @@ def test_wrong_images(tmp_path):
     extractor = toy_extractor()
     with pytest.raises(BrokenImageError, match=r"bad\.jpg"):
         extractor([tmp_path / "bad.jpg"])
+    with pytest.raises(BrokenImageError, match=r"bad\.jpg"):
+        extractor([tmp_path / "bad.jpg"], num_workers=1)
+    with pytest.raises(FileNotFoundError, match="no image at"):
+        extractor([tmp_path / "absent.jpg"], num_workers=1)
     with pytest.raises(ValueError, match="the list is empty"):
         extractor([])
     with pytest.raises(FileNotFoundError, match="no image at"):
