@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.evaluation.held_out import HeldOutSplit
 
 from .rules import held_out_every
+
+# Where 'auto' asks for a rule, beside the heads of the model.
+SECTIONS = ("train_cfg", "train_dataloader", "optim_wrapper", "custom_hooks", "default_hooks")
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,6 @@ def gpu_gib() -> float | None:
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-
-
-def has_auto(cfg: Config) -> bool:
-    """Whether any value of the config's scaled sections is 'auto'."""
-    return any(True for _ in auto_places(cfg))
-
-
-SECTIONS = ("train_cfg", "train_dataloader", "optim_wrapper", "custom_hooks", "default_hooks")
 
 
 def auto_places(cfg: Mapping) -> list[str]:
