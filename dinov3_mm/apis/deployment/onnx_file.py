@@ -51,7 +51,7 @@ def export_onnx(
         batch: fix the number of images; None lets it vary.
         images: to compare with, see ``load_pixels``; None renders scenes.
         tolerance: largest |difference|; for 16 bits as a share of the largest value. None takes
-            1e-4 (fp32), 0.02 (fp16), 0.1 (bf16).
+            1e-4 (fp32), 0.01 (fp16), 0.05 (bf16).
         source: name or file of the weights, for the metadata.
 
     Raises:

@@ -20,8 +20,10 @@ from .shapes import InputShapes, Size
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BOUNDS = {
     "fp32": Bounds(1e-4),
-    "fp16": Bounds(2e-2, relative=True, min_cosine=0.999),
-    "bf16": Bounds(1e-1, relative=True, min_cosine=0.99),
+    # Whole backbones with redrawn weights measure 0.002 and 1 - 6e-7 in fp16, 0.018 and 0.99996 in
+    # bf16.
+    "fp16": Bounds(1e-2, relative=True, min_cosine=0.9999),
+    "bf16": Bounds(5e-2, relative=True, min_cosine=0.999),
 }
 
 
