@@ -109,7 +109,7 @@ def build_pretrain_dataloader(
         {"type": "MultiCrop", **copy.deepcopy(dict(cfg.get("transform", {})))}
     )
     for variant in transform.variants:
-        _check_sizes(variant, masking["patch_size"])
+        check_sizes(variant, masking["patch_size"])
     sides = [variant.global_size for variant in transform.variants]
     source = DATASETS.build(copy.deepcopy(dict(cfg["source"])))
     num_channels = check_source(
@@ -175,7 +175,8 @@ def check_keys(cfg: dict, known: Iterable[str], where: str) -> None:
             raise ValueError(f"unknown key {key!r} in {where}; {hint(key, known)}")
 
 
-def _check_sizes(transform: object, patch_size: int) -> None:
+def check_sizes(transform: object, patch_size: int) -> None:
+    """Raise ValueError for a crop size that is no multiple of the patch size."""
     for name in ("global_size", "local_size", "gram_size"):
         size = getattr(transform, name)
         if size is not None and size % patch_size:

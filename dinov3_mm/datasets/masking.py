@@ -172,25 +172,38 @@ class MaskPlanner:
         Returns:
             np.ndarray: ``(num_global * count, num_patches)`` bool, crop-major.
         """
-        if self.scope == "rank":
-            plan_rows = self.num_global * count
-            # Rows of different ranks must not share a generator.
-            rows, offset, sub_plan = range(plan_rows), self.num_global * first, first + 1
-        else:
-            plan_rows = self.num_global * micro_batch_size
-            starts = (crop * micro_batch_size + first for crop in range(self.num_global))
-            rows, offset, sub_plan = [s + i for s in starts for i in range(count)], 0, 0
-        counts = mask_counts(plan_rows, self.num_patches, self.probability, self.ratio)
-        sample_generator(seed, "mask_plan", micro_iteration, sub_plan).shuffle(counts)
+        rows, counts = self._plan(seed, micro_iteration, first, count, micro_batch_size)
         masks = np.zeros((len(rows), self.num_patches), bool)
-        for target, row in enumerate(rows):
-            if counts[row]:
-                rng = sample_generator(seed, "mask", micro_iteration, offset + row)
+        for target, (row, num_hidden) in enumerate(zip(rows, counts)):
+            if num_hidden:
+                rng = sample_generator(seed, "mask", micro_iteration, row)
                 masks[target] = block_mask(
-                    int(counts[row]),
+                    int(num_hidden),
                     self.grid_size,
                     self.max_block,
                     rng,
                     random_shift=self.random_shift,
                 ).reshape(-1)
         return masks
+
+    def num_hidden(
+        self, seed: int, micro_iteration: int, first: int, count: int, micro_batch_size: int
+    ) -> int:
+        """Hidden patches of all masks that a call with these arguments draws, without drawing."""
+        return int(self._plan(seed, micro_iteration, first, count, micro_batch_size)[1].sum())
+
+    def _plan(
+        self, seed: int, micro_iteration: int, first: int, count: int, micro_batch_size: int
+    ) -> tuple[list[int], np.ndarray]:
+        """Number of each mask's generator, and how many patches the mask hides."""
+        if self.scope == "rank":
+            plan_rows = self.num_global * count
+            # Rows of different ranks must not share a generator.
+            rows, offset, sub_plan = list(range(plan_rows)), self.num_global * first, first + 1
+        else:
+            plan_rows = self.num_global * micro_batch_size
+            starts = (crop * micro_batch_size + first for crop in range(self.num_global))
+            rows, offset, sub_plan = [s + i for s in starts for i in range(count)], 0, 0
+        counts = mask_counts(plan_rows, self.num_patches, self.probability, self.ratio)
+        sample_generator(seed, "mask_plan", micro_iteration, sub_plan).shuffle(counts)
+        return [offset + row for row in rows], counts[rows]

@@ -16,6 +16,16 @@ def networks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, network
 
 
+def backbones_of(model: nn.Module) -> list[nn.Module]:
+    """The backbone of every network of the algorithm."""
+    return [
+        child
+        for _, network in networks_of(model)
+        for name, child in network.named_children()
+        if name == "backbone"
+    ]
+
+
 def units_of(backbone: nn.Module) -> list[nn.Module]:
     """Parts of a backbone in the order of their forward pass: blocks, or stages and what leads to
     them.
@@ -37,13 +47,7 @@ def compile_units(model: nn.Module) -> int:
     Returns:
         How many parts were compiled.
     """
-    units = [
-        unit
-        for _, network in networks_of(model)
-        for name, child in network.named_children()
-        if name == "backbone"
-        for unit in units_of(child)
-    ]
+    units = [unit for backbone in backbones_of(model) for unit in units_of(backbone)]
     for unit in units:
         unit.compile()
     return len(units)

@@ -15,7 +15,7 @@ from torch import nn
 
 import dinov3_mm
 from dinov3_mm.datasets.randomness import torch_seed
-from dinov3_mm.engine.networks import compile_units, networks_of
+from dinov3_mm.engine.networks import backbones_of, compile_units
 from dinov3_mm.engine.runner.sharded_state import load_sharded_state
 from dinov3_mm.engine.runner.training_state import (
     load_model_state,
@@ -26,6 +26,9 @@ from dinov3_mm.models.layers.fp8 import enable_fp8
 
 # Iteration whose random numbers initialise the model.
 BEFORE_THE_FIRST_STEP = -1
+
+# Buckets as views: no second copy of the gradients.
+DDP_SETTINGS = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
 
 
 @STRATEGIES.register_module()
@@ -68,12 +71,7 @@ class PretrainStrategy(SingleDeviceStrategy):
     def _accelerated(self, model: nn.Module) -> nn.Module:
         """The model with what makes its blocks faster, before it is moved or sharded."""
         if self.fp8_filter is not None:
-            layers = [
-                enable_fp8(child, self.fp8_filter)
-                for _, network in networks_of(model)
-                for name, child in network.named_children()
-                if name == "backbone"
-            ]
+            layers = [enable_fp8(backbone, self.fp8_filter) for backbone in backbones_of(model)]
             self.logger.info(f"float8: {sum(map(len, layers))} linear layers")
         if self.compile_blocks:
             count = compile_units(model)
@@ -205,12 +203,10 @@ class PretrainDDPStrategy(PretrainStrategy, DDPStrategy):
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         device = training_device()
-        # buckets as views: no second copy of the gradients
-        settings = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         return MMDistributedDataParallel(
             module=self.convert_model(self._accelerated(model)).to(device),
             device_ids=None if device.type == "cpu" else [device.index],
-            **{**settings, **(self.model_wrapper or {})},
+            **{**DDP_SETTINGS, **(self.model_wrapper or {})},
         )
 
 

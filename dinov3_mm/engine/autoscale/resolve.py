@@ -40,6 +40,7 @@ def resolve_auto(
     world_size: int = 1,
     stored: Mapping[str, Any] | None = None,
     data: DataFacts | None = None,
+    memory_gib: float | None = None,
 ) -> list[str]:
     """Settle every 'auto' of a pretraining config in place; explicit values stay.
 
@@ -52,6 +53,7 @@ def resolve_auto(
         stored: ``derived`` of the checkpoint that is resumed; its values are taken over,
             whatever the data set is now.
         data: sizes of the data set; by default its source is built and counted.
+        memory_gib: memory of a GPU; by default of this process's own.
 
     Returns:
         One line for each derivation.
@@ -72,7 +74,8 @@ def resolve_auto(
                 f"the data set has {data.num_images} images, it had {stored['num_images']} when "
                 "the run began: hyper-parameters stay as they were, the order of the images changes"
             )
-    _settle_all(scaler, cfg, data, backbone_facts(cfg.model["backbone"]), world_size)
+    backbone = backbone_facts(cfg.model["backbone"])
+    _settle_all(scaler, cfg, data, backbone, world_size, memory_gib or gpu_gib())
     left = auto_places(cfg)
     if left:
         raise ConfigError(
@@ -84,7 +87,12 @@ def resolve_auto(
 
 
 def _settle_all(
-    scaler: "_Scaler", cfg: Config, data: DataFacts, backbone: BackboneFacts, world_size: int
+    scaler: "_Scaler",
+    cfg: Config,
+    data: DataFacts,
+    backbone: BackboneFacts,
+    world_size: int,
+    memory_gib: float | None,
 ) -> None:
     """Apply the rules in the order in which they need each other's values."""
     accumulate = cfg.train_cfg.get("accumulate", 1)
@@ -94,7 +102,7 @@ def _settle_all(
         backbone.num_params,
         backbone.width,
         tokens_per_image(cfg.train_dataloader.get("transform", {}), backbone.token_stride),
-        gpu_gib(),
+        memory_gib,
         is_conv=backbone.is_conv,
     )
     batch = scaler.settle(

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import (
 
 from dinov3_mm.engine.networks import networks_of, units_of
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FORWARD_METHODS = ("forward_tokens", "forward_features", "get_intermediate_layers")
 
 
@@ -35,12 +37,51 @@ class ShardingPolicy:
     reshard_after_forward: bool = True
     num_prefetch: int = 1
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        param_dtype: str = "fp32",
+        reduce_dtype: str = "fp32",
+        reshard_after_forward: bool = True,
+        num_prefetch: int = 1,
+    ) -> "ShardingPolicy":
+        """The policy of the arguments of ``FSDP2Strategy``.
+
+        Raises:
+            ValueError: an unknown dtype.
+        """
+        for name, value in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
+            if value not in DTYPES:
+                raise ValueError(f"{name} must be one of {tuple(DTYPES)}, got {value!r}")
+        return cls(
+            param_dtype=None if param_dtype == "fp32" else DTYPES[param_dtype],
+            reduce_dtype=DTYPES[reduce_dtype],
+            reshard_after_forward=reshard_after_forward,
+            num_prefetch=num_prefetch,
+        )
+
     @property
     def mixed_precision(self) -> MixedPrecisionPolicy:
         # Inputs are not cast: RoPE tables and targets of the losses stay float32.
         return MixedPrecisionPolicy(
             param_dtype=self.param_dtype, reduce_dtype=self.reduce_dtype, cast_forward_inputs=False
         )
+
+
+def build_mesh(device_type: str, num_replicas: int) -> DeviceMesh:
+    """All ranks of the default process group, in one dimension or as replicas of shards.
+
+    Raises:
+        ValueError: the ranks cannot be cut into the replicas.
+    """
+    ranks = dist.get_world_size()
+    if num_replicas < 1 or ranks % num_replicas:
+        raise ValueError(f"num_replicas={num_replicas} does not divide {ranks} ranks")
+    if num_replicas == 1:
+        return init_device_mesh(device_type, (ranks,), mesh_dim_names=("shard",))
+    shape = (num_replicas, ranks // num_replicas)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, policy: ShardingPolicy) -> nn.Module:

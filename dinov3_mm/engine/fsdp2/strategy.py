@@ -8,7 +8,7 @@ import torch.distributed as dist
 from mmengine.dist import is_main_process
 from mmengine.registry import MODELS, STRATEGIES
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
@@ -18,9 +18,7 @@ from dinov3_mm.engine.runner.sharded_state import finish, save_sharded_state
 from dinov3_mm.engine.strategy import BEFORE_THE_FIRST_STEP, PretrainStrategy, training_device
 
 from .initialisation import WholeTensorDraws, check_initialised, materialise
-from .sharding import ShardingPolicy, shard_model, sharded_modules
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from .sharding import ShardingPolicy, build_mesh, shard_model, sharded_modules
 
 
 @STRATEGIES.register_module()
@@ -56,21 +54,18 @@ class FSDP2Strategy(PretrainStrategy):
         save_in_background: bool = False,
         **kwargs,
     ) -> None:
-        for name, value in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
-            if value not in _DTYPES:
-                raise ValueError(f"{name} must be one of {tuple(_DTYPES)}, got {value!r}")
+        self.policy = ShardingPolicy.of(
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            reshard_after_forward=reshard_after_forward,
+            num_prefetch=num_prefetch,
+        )
         if checkpoint not in ("sharded", "whole"):
             raise ValueError(f"checkpoint must be 'sharded' or 'whole', got {checkpoint!r}")
         super().__init__(**kwargs)
         self.saves_shards = checkpoint == "sharded"
         self.save_in_background = save_in_background
         self._pending: tuple[str, Future] | None = None
-        self.policy = ShardingPolicy(
-            param_dtype=None if param_dtype == "fp32" else _DTYPES[param_dtype],
-            reduce_dtype=_DTYPES[reduce_dtype],
-            reshard_after_forward=reshard_after_forward,
-            num_prefetch=num_prefetch,
-        )
         self.num_replicas = num_replicas
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
@@ -150,13 +145,7 @@ class FSDP2Strategy(PretrainStrategy):
         if not dist.is_initialized():
             backend = "nccl" if kind == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        ranks = dist.get_world_size()
-        if self.num_replicas < 1 or ranks % self.num_replicas:
-            raise ValueError(f"num_replicas={self.num_replicas} does not divide {ranks} ranks")
-        if self.num_replicas == 1:
-            return init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
-        shape = (self.num_replicas, ranks // self.num_replicas)
-        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        return build_mesh(kind, self.num_replicas)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
