@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .inflation import check_rule, inflate_first_layer, inflation_hint
 from .loading import ForeignCheckpoint, load_weights
 from .report import LoadReport, shortened
+from .sharding import shard_state
 
 # A norm that training uses for local crops only. Some released files carry it and some do not, and
 # neither Hugging Face nor timm keeps it.
@@ -81,7 +82,7 @@ def install_weights(
     if any(differences.values()) and not (allow_partial and fitting):
         raise ValueError(_refusal(module, checkpoint, differences, state_dict, target))
     notes += _roundings(fitting, target)
-    module.load_state_dict(fitting, strict=not allow_partial)
+    module.load_state_dict(shard_state(fitting, target), strict=not allow_partial)
     report = replace(
         checkpoint.report,
         num_tensors=len(target),

@@ -27,14 +27,14 @@ def backbones_of(model: nn.Module) -> list[nn.Module]:
 
 
 def units_of(backbone: nn.Module) -> list[nn.Module]:
-    """Parts of a backbone in the order of their forward pass: blocks, or stages and what leads to
-    them.
+    """Parts of a backbone in the order of their forward pass: its blocks, for a convolutional one
+    with the down-sampling before each stage.
     """
     if hasattr(backbone, "blocks"):
         return list(backbone.blocks)
     if hasattr(backbone, "downsample_layers"):
-        pairs = zip(backbone.downsample_layers, backbone.stages)
-        return [unit for pair in pairs for unit in pair]
+        stages = zip(backbone.downsample_layers, backbone.stages)
+        return [unit for downsample, blocks in stages for unit in (downsample, *blocks)]
     return []
 
 

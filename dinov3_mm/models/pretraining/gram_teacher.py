@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_mm.checkpoints import load_backbone_weights
+from dinov3_mm.checkpoints.sharding import shard_state
 
 from ..losses import gram_loss, resize_tokens
 
@@ -42,7 +43,9 @@ class GramTeacher(nn.Module):
         """
         if isinstance(source, Mapping):
             try:
-                self.backbone.load_state_dict(source, strict=True)
+                self.backbone.load_state_dict(
+                    shard_state(source, self.backbone.state_dict()), strict=True
+                )
             except RuntimeError as error:
                 raise ValueError(f"the weights do not fit the Gram teacher: {error}") from None
             report = f"loaded {len(source)} tensors"
