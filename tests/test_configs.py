@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import HOOKS, MODELS, STRATEGIES, TRANSFORMS
 
 import dinov3_mm  # noqa: F401
+from dinov3_mm.datasets.loader import check_sizes
 from dinov3_mm.engine import check_config
 from dinov3_mm.engine.autoscale import DataFacts, resolve_auto
 from dinov3_mm.engine.config.defaults import fill_defaults, token_stride_of
+from dinov3_mm.engine.optim import build_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.py") if path.parent.name != "_base_")
@@ -22,6 +24,7 @@ PRETRAINING = [
 ]
 # Larger models are built without storage.
 LARGEST_WITH_STORAGE = 20e6
+SCHEDULES = {"lr", "weight_decay", "momentum", "teacher_temp", "dino_local_weight", "weight"}
 
 
 def build(cfg: Config):
@@ -36,8 +39,16 @@ def build(cfg: Config):
     return model
 
 
+def check_schedules(hook: dict, total_iters: int):
+    """Every schedule of a hook fits the run."""
+    for name in SCHEDULES & hook.keys():
+        if hook[name] is not None:
+            schedule = build_schedule(hook[name], total_iters)
+            assert schedule(total_iters - 1) >= 0
+
+
 def test_there_are_configs():
-    assert len(PRETRAINING) >= 20
+    assert len(PRETRAINING) >= 36
 
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -53,6 +64,9 @@ def test_config_is_valid_and_builds(path):
     assert ("GramAnchorHook" in hooks) == (model.gram is not None)
     stride = model.student.backbone.token_stride
     assert stride == token_stride_of(cfg) == cfg.train_dataloader.masking.patch_size
-    sizes = cfg.train_dataloader.transform
-    for size in (sizes.global_size, sizes.local_size, sizes.get("gram_size") or 0):
-        assert size % stride == 0
+    for sizes in TRANSFORMS.build(cfg.train_dataloader.transform).variants:
+        assert ("GramAnchorHook" in hooks) == (sizes.gram_size is not None)
+        check_sizes(sizes, stride)
+    for hook in cfg.custom_hooks:
+        check_schedules(hook, cfg.train_cfg.max_iters)
+    assert STRATEGIES.get(cfg.strategy.type) is not None

@@ -251,6 +251,14 @@ def test_config_errors(folder, changes, message):
         make_loader(folder, changes)
 
 
+def test_local_crops_may_end_in_a_part_of_a_patch_if_told(folder):
+    transform = {"global_size": 32, "local_size": 18, "partial_patches": True}
+    loader = make_loader(folder, {"transform": transform, "masking": {"patch_size": 4}})
+    assert next(iter(loader))["local_crops"].shape[-2:] == (18, 18)
+    with pytest.raises(ValueError, match="gram_size=50 is not divisible"):
+        make_loader(folder, {"transform": {**transform, "gram_size": 50}})
+
+
 def test_batch_that_cannot_be_cut(folder):
     with pytest.raises(ValueError, match=r"not divisible by world_size \* accumulate = 5 \* 1"):
         make_loader(folder, world_size=5)

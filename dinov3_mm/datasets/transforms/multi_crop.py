@@ -63,6 +63,8 @@ class MultiCrop:
             before cropping, so that all crops of an image share their colours.
         local_from_global (bool): Cut the local crops as windows from the global crops, half of
             them from each, instead of from the image.
+        partial_patches (bool): Allow local crops that end in a part of a patch, which the backbone
+            cuts off, as those of 168 px in the released high-resolution stage.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -91,6 +93,7 @@ class MultiCrop:
         channel_drop_prob: float = 0.0,
         share_color_jitter: bool = False,
         local_from_global: bool = False,
+        partial_patches: bool = False,
     ) -> None:
         self.global_size = _positive("global_size", global_size)
         self.local_size = _positive("local_size", local_size)
@@ -114,6 +117,7 @@ class MultiCrop:
         self.channel_drop_prob = _probability("channel_drop_prob", channel_drop_prob)
         self.share_color_jitter = share_color_jitter
         self.local_from_global = local_from_global
+        self.partial_patches = partial_patches
         if local_from_global:
             self._check_windows()
 
