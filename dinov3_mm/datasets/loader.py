@@ -176,8 +176,13 @@ def check_keys(cfg: dict, known: Iterable[str], where: str) -> None:
 
 
 def check_sizes(transform: object, patch_size: int) -> None:
-    """Raise ValueError for a crop size that is no multiple of the patch size."""
+    """Raise ValueError for a crop size that is no multiple of the patch size.
+
+    Local crops may be told to end in a part of a patch (``partial_patches``); they have no masks.
+    """
     for name in ("global_size", "local_size", "gram_size"):
+        if name == "local_size" and transform.partial_patches:
+            continue
         size = getattr(transform, name)
         if size is not None and size % patch_size:
             lower = size // patch_size * patch_size
