@@ -20,6 +20,7 @@ from dinov3_mm.engine import (
     find_latest_checkpoint,
     parse_options,
     set_data,
+    set_teacher,
     set_weights,
     start_processes,
 )
@@ -50,6 +51,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="backbone weights to start from, in any known format, or the name of a released "
         "checkpoint; for configs whose backbone has an init_cfg",
     )
+    parser.add_argument(
+        "--teacher",
+        metavar="FILE",
+        help="training checkpoint or export with heads of the teacher; for distillation configs",
+    )
     parser.add_argument("--seed", type=int, help="seed of data order, crops, masks and weights")
     parser.add_argument(
         "--cfg-options",
@@ -69,6 +75,8 @@ def load_config(args: argparse.Namespace) -> Config:
         set_data(cfg, args.data)
     if args.weights is not None:
         set_weights(cfg, args.weights)
+    if args.teacher is not None:
+        set_teacher(cfg, args.teacher)
     apply_options(cfg, parse_options(args.cfg_options))
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     if args.seed is not None:

@@ -56,7 +56,9 @@ def export_backbone(
         raise ValueError(f"unknown heads {unknown_heads}; expected {' and '.join(HEADS)}")
     header = _header(unwrap_lora(backbone), metadata or {})
     prefix = "backbone." if heads else ""
-    parts = {prefix: backbone, **{f"{name}.": head for name, head in (heads or {}).items()}}
+    # A network of another library is stored under that library's names.
+    stored = getattr(backbone, "foreign_module", backbone)
+    parts = {prefix: stored, **{f"{name}.": head for name, head in (heads or {}).items()}}
     tensors = {}
     for start, module in parts.items():
         for name, tensor in merged_state_dict(module).items():

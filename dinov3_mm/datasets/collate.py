@@ -14,7 +14,8 @@ class MultiCropCollate:
 
     Args:
         global_size (int | list[int]): Side of the global crops in pixels; every side that occurs.
-        patch_size (int): Side of a patch in pixels.
+        patch_size (int | list[int]): Side of a patch in pixels; of several the first is that of
+            ``masks``, and all have their masks in ``masks_of``.
         mask_probability (float): Share of global crops that get a mask.
         mask_ratio (tuple[float, float]): Smallest and largest share of hidden patches.
         random_shift (bool): Roll masks by random offsets.
@@ -24,14 +25,20 @@ class MultiCropCollate:
         global_batch_size (int): Images per optimizer step over all ranks.
         accumulate (int): Micro batches per optimizer step.
 
+    Attributes:
+        mask_share (tuple[int, int] | None): Make the masks for part ``index`` of ``count`` of the
+            micro batch, instead of for the samples.
+
     Raises:
         ValueError: If an argument is out of range.
     """
 
+    mask_share: tuple[int, int] | None = None
+
     def __init__(
         self,
         global_size: int | list[int],
-        patch_size: int,
+        patch_size: int | list[int],
         *,
         mask_probability: float = 0.5,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
@@ -42,16 +49,18 @@ class MultiCropCollate:
         accumulate: int = 1,
     ) -> None:
         sides = {global_size} if isinstance(global_size, int) else set(global_size)
+        self.patch_sizes = [patch_size] if isinstance(patch_size, int) else list(patch_size)
         self.planners = {
-            side: MaskPlanner(
+            (side, patch): MaskPlanner(
                 side,
-                patch_size,
+                patch,
                 probability=mask_probability,
                 ratio=mask_ratio,
                 random_shift=random_shift,
                 scope=mask_scope,
             )
             for side in sides
+            for patch in self.patch_sizes
         }
         self.seed = seed
         self.global_batch_size = global_batch_size
@@ -65,8 +74,9 @@ class MultiCropCollate:
             have them, ``gram_crops (2B, C, Sg, Sg)``, all with crop ``c`` of sample ``b`` in row
             ``c * B + b``; ``masks (2B, N)`` bool; ``mask_indices (M,)`` int64 into the flattened
             masks; ``masks_weight (M,)`` float32, one over the number of hidden patches of the row;
-            ``num_masked (1,)`` int64; ``positions (B,)`` int64; ``iteration`` int; ``broken``, the
-            list of messages about unreadable images.
+            ``num_masked (1,)`` int64; with several patch sizes ``masks_of``, these four for
+            each of them, whose key is a string; ``positions (B,)`` int64; ``iteration`` int;
+            ``broken``, the list of messages about unreadable images.
 
         Raises:
             ValueError: If the positions are not consecutive or leave the micro batch.
@@ -79,14 +89,24 @@ class MultiCropCollate:
                 "a batch must hold consecutive positions of one micro batch of "
                 f"{self.micro_batch_size}, got {positions.tolist()}"
             )
-        planner = self.planners[samples[0]["global_crops"][0].shape[-1]]
-        masks = planner(self.seed, micro_iteration, first, count, self.micro_batch_size)
+        if self.mask_share is not None:
+            part, num_parts = self.mask_share
+            count = self.micro_batch_size // num_parts
+            first = part * count
+        side = samples[0]["global_crops"][0].shape[-1]
+        place = (self.seed, micro_iteration, first, count, self.micro_batch_size)
+        masks_of = {
+            str(patch): mask_tensors(self.planners[side, patch](*place))
+            for patch in self.patch_sizes
+        }
         batch = {
             key: stack_crops([sample[key] for sample in samples])
             for key in ("global_crops", "local_crops", "gram_crops")
             if key in samples[0]
         }
-        batch.update(mask_tensors(masks))
+        batch.update(masks_of[str(self.patch_sizes[0])])
+        if len(masks_of) > 1:
+            batch["masks_of"] = masks_of
         batch["positions"] = torch.from_numpy(positions)
         batch["iteration"] = int(positions[0]) // self.global_batch_size
         batch["broken"] = [message for sample in samples for message in sample["broken"]]

@@ -1,10 +1,10 @@
 """Training: configs, launch, strategies, the loop, hooks and the optimizer."""
 
-from . import fsdp2, hooks, loops, optim, strategy  # noqa: F401  (registers them)
+from . import fsdp2, hooks, loops, optim, strategy, students  # noqa: F401  (registers them)
 from .build import build_runner
 from .config import ConfigError, apply_options, check_config, parse_options
 from .runner import LAUNCHERS, find_latest_checkpoint, start_processes
-from .starting_point import set_data, set_weights
+from .starting_point import set_data, set_teacher, set_weights
 
 __all__ = [
     "LAUNCHERS",
@@ -15,6 +15,7 @@ __all__ = [
     "find_latest_checkpoint",
     "parse_options",
     "set_data",
+    "set_teacher",
     "set_weights",
     "start_processes",
 ]

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, RUNNERS
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
 from dinov3_mm.engine.runner.training_state import read_meta
-from dinov3_mm.engine.starting_point import settle_data, settle_weights
+from dinov3_mm.engine.starting_point import settle_data, settle_teacher, settle_weights
 
 
 def build_runner(cfg: Config):
@@ -39,7 +39,7 @@ def build_runner(cfg: Config):
     check_config(cfg, world_size=get_world_size())
     settle_data(cfg)
     stored = _stored(cfg)
-    lines = [*settle_weights(cfg, stored), *_derive(cfg, stored)]
+    lines = [*settle_weights(cfg, stored), *settle_teacher(cfg), *_derive(cfg, stored)]
     check_config(cfg, world_size=get_world_size())
     _check_model(cfg)
     runner = RUNNERS.build(cfg)

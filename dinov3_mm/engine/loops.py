@@ -98,6 +98,8 @@ class PretrainLoop(BaseLoop):
         # The loader was built before the checkpoint was read, and the optimizer wrapper was told of
         # optimizer steps, while it counts micro batches.
         self.dataloader.batch_sampler.start_iter = self._iter
+        # Students in rank groups: the masks are for the images that the rank will be given.
+        self.dataloader.collate_fn.mask_share = getattr(runner.model, "mask_share", None)
         micro_batches = (count * self.layout.accumulate for count in (self._iter, self._max_iters))
         runner.optim_wrapper.initialize_count_status(runner.model, *micro_batches)
         batches = iter(self.dataloader)

@@ -9,6 +9,7 @@ from dinov3_mm.checkpoints.released import released_file
 from dinov3_mm.checkpoints.statistics import Statistics, find_statistics
 from dinov3_mm.engine.autoscale import RECORD
 from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.engine.hooks.distillation import RANDOM
 from dinov3_mm.models.backbones.zoo import ZOO
 
 FOLDER = "ImageFolder"
@@ -94,6 +95,46 @@ def settle_weights(cfg: Config, stored: Mapping | None = None) -> list[str]:
     return [_set_statistics(cfg, _statistics_of(init_cfg["checkpoint"]))]
 
 
+def set_teacher(cfg: Config, teacher: str) -> None:
+    """Distil from the teacher in the file ``teacher``.
+
+    Raises:
+        ConfigError: the config has no distillation teacher, or there is no such file.
+    """
+    hook = _teacher_hook(cfg)
+    if hook is None:
+        raise ConfigError(
+            "--teacher: this config distils from nobody; --teacher needs one with "
+            "dict(type='DistillationHook', ...) in custom_hooks, such as those of "
+            "configs/dinov3/distill_*.py"
+        )
+    path = Path(teacher).expanduser()
+    if not path.exists():
+        raise ConfigError(f"--teacher: {path} does not exist")
+    hook["checkpoint"] = str(path)
+
+
+def settle_teacher(cfg: Config) -> list[str]:
+    """Refuse a distillation without a teacher's file; adopt the file's input statistics.
+
+    Returns:
+        Lines for the log.
+
+    Raises:
+        ConfigError: no file.
+    """
+    hook = _teacher_hook(cfg)
+    if hook is None:
+        return []
+    if hook.get("checkpoint") is None:
+        raise ConfigError(
+            "no teacher to distil from: give its file with --teacher FILE, a training checkpoint "
+            "or teacher export with backbone and both heads"
+        )
+    known = None if hook["checkpoint"] == RANDOM else _statistics_of(hook["checkpoint"])
+    return [] if known is None else [_set_statistics(cfg, known)]
+
+
 def settle_data(cfg: Config) -> None:
     """Refuse a run whose images nobody has named.
 
@@ -103,6 +144,11 @@ def settle_data(cfg: Config) -> None:
     source = cfg.get("train_dataloader", {}).get("source", {})
     if any(place.get("root") is None for place in _folders(source)):
         raise ConfigError("no images to train on: give their folder with --data DIR")
+
+
+def _teacher_hook(cfg: Config) -> dict | None:
+    hooks = cfg.get("custom_hooks") or []
+    return next((hook for hook in hooks if hook.get("type") == "DistillationHook"), None)
 
 
 def _initializer(cfg: Config) -> dict | None:

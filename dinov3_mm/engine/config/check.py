@@ -30,6 +30,7 @@ _REGISTRY_OF_KEY: dict[str, Registry] = {
     "custom_hooks": registries.HOOKS,
     "data_preprocessor": registries.MODELS,
     "default_hooks": registries.HOOKS,
+    "hook": registries.HOOKS,
     "init_cfg": registries.WEIGHT_INITIALIZERS,
     "model": registries.MODELS,
     "optim_wrapper": registries.OPTIM_WRAPPERS,

@@ -2,12 +2,14 @@
 
 from .checkpoint import PretrainCheckpointHook
 from .diagnosis import DiagnosisHook
+from .distillation import DistillationHook
 from .evaluation import DenseProbeHook, KNNEvalHook, RetrievalEvalHook
 from .export import ExportTeacherHook
 from .folder_evaluation import FolderEvalHook, SummaryHook
 from .gram_anchor import GramAnchorHook
 from .guards import CollapseGuardHook, NonFiniteGuardHook
 from .logging import ProgressHook
+from .per_student import PerStudentHook
 from .schedule import OptimScheduleHook
 from .teacher_ema import TeacherEMAHook
 
@@ -15,12 +17,14 @@ __all__ = [
     "CollapseGuardHook",
     "DenseProbeHook",
     "DiagnosisHook",
+    "DistillationHook",
     "ExportTeacherHook",
     "FolderEvalHook",
     "GramAnchorHook",
     "KNNEvalHook",
     "NonFiniteGuardHook",
     "OptimScheduleHook",
+    "PerStudentHook",
     "PretrainCheckpointHook",
     "ProgressHook",
     "RetrievalEvalHook",

@@ -135,7 +135,7 @@ class PretrainCheckpointHook(Hook):
         runner.save_checkpoint(str(path.parent), path.name, by_epoch=False, meta=meta)
         if self.export:
             export_teacher(runner, done)
-            remove_surplus_exports(runner.work_dir, self.max_to_keep, self.keep_every)
+            remove_surplus_exports(runner, self.max_to_keep, self.keep_every)
         if is_main_process():
             # MMEngine's own tools find the newest checkpoint by this file.
             with atomic_write(Path(runner.work_dir) / "last_checkpoint") as partial:

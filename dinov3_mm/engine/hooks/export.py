@@ -14,6 +14,7 @@ from dinov3_mm.checkpoints.io import atomic_write
 from dinov3_mm.engine.runner.files import export_path, latest_export_path, list_exports
 from dinov3_mm.engine.runner.retention import surplus
 from dinov3_mm.engine.strategy import library_versions
+from dinov3_mm.engine.students.view import StudentRunner, student_runners
 
 
 @HOOKS.register_module()
@@ -49,16 +50,25 @@ class ExportTeacherHook(Hook):
         """Export at the interval and after the last step."""
         if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
             export_teacher(runner, runner.iter + 1)
-            remove_surplus_exports(runner.work_dir, self.max_to_keep)
+            remove_surplus_exports(runner, self.max_to_keep)
 
 
 def export_teacher(runner, iteration: int) -> Path:
     """Write the teacher backbone after ``iteration`` steps; all ranks must call this.
 
+    Of several students each has an export of its own, in ``exports/<name>``.
+
     Returns:
-        Path: The ``.safetensors`` file.
+        Path: The ``.safetensors`` file; of several students that of the last of this rank.
     """
-    path = export_path(runner.work_dir, iteration)
+    for view in student_runners(runner):
+        path = _export(view, iteration)
+    return path
+
+
+def _export(runner, iteration: int) -> Path:
+    place = place_of_exports(runner)
+    path = export_path(place[0], iteration, place[1])
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     mean, std = model.data_preprocessor.statistics
     provenance = {
@@ -73,18 +83,24 @@ def export_teacher(runner, iteration: int) -> Path:
     if is_main_process():
         for suffix in (".json", ".safetensors"):
             source = path.with_suffix(suffix)
-            _replace_by_copy(source, latest_export_path(runner.work_dir).with_suffix(suffix))
+            _replace_by_copy(source, latest_export_path(*place).with_suffix(suffix))
     return path
 
 
-def remove_surplus_exports(
-    work_dir: str | Path, max_to_keep: int | None, keep_every: int | None = None
-) -> None:
+def remove_surplus_exports(runner, max_to_keep: int | None, keep_every: int | None = None) -> None:
     """Delete old exports from the main process; ``teacher_latest`` always stays."""
-    if is_main_process():
-        for path in surplus(list_exports(work_dir), max_to_keep, keep_every):
-            path.unlink()
-            path.with_suffix(".json").unlink(missing_ok=True)
+    for view in student_runners(runner):
+        if is_main_process():
+            for path in surplus(list_exports(*place_of_exports(view)), max_to_keep, keep_every):
+                path.unlink()
+                path.with_suffix(".json").unlink(missing_ok=True)
+
+
+def place_of_exports(runner) -> tuple[str, str | None]:
+    """Work folder of the run, and the student's name where the runner is that of a student."""
+    if isinstance(runner, StudentRunner):
+        return runner.run_dir, runner.student_name
+    return runner.work_dir, None
 
 
 def _replace_by_copy(source: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ from dinov3_mm.evaluation.records import RECORD_FILE, read_records
 
 from .evaluation import KNNEvalHook, RetrievalEvalHook
 from .evaluation_base import FrozenFeatureHook
+from .export import place_of_exports
 
 _NEIGHBOURS = (10, 20)
 
@@ -114,7 +115,7 @@ class SummaryHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, FrozenFeatureHook):
                 self._compare(runner, hook)
-        path = latest_export_path(runner.work_dir)
+        path = latest_export_path(*place_of_exports(runner))
         if path.exists():
             runner.logger.info(f"the file to use: {path} (dinov3_mm.build_backbone(FILE))")
 

@@ -5,8 +5,11 @@ import time
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor
+
+from dinov3_mm.models.pretraining.multi_distillation import PREFIX
 
 from .console import ProgressBar, RunClock, memory_text
 from .metric_window import MetricWindow
@@ -46,6 +49,8 @@ class ProgressHook(Hook):
 
     def before_train(self, runner) -> None:
         """Tell those who have no runner how long the run is."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._window = MetricWindow(differs=getattr(model, "is_grouped", False))
         runner.message_hub.update_info_dict({"max_iters": runner.max_iters, "seed": runner.seed})
 
     def before_train_epoch(self, runner) -> None:
@@ -108,7 +113,9 @@ class ProgressHook(Hook):
         for name, value in values.items():
             runner.message_hub.update_scalar(f"train/{name}", value)
         runner.visualizer.add_scalars(values, step=done)
-        losses = "  ".join(f"{name} {values[name]:.4f}" for name in SHOWN if name in values)
+        shown = [name for name in SHOWN if name in values]
+        students = [name for name in values if name.startswith(PREFIX) and name.endswith("/loss")]
+        losses = "  ".join(f"{name} {values[name]:.4f}" for name in (*shown, *students))
         rates = (
             f"{values['img_per_s']:.0f} img/s  data wait {values['data_wait']:.0%}  "
             f"eta {self._clock.eta(done)}  {memory_text()}"
@@ -118,4 +125,7 @@ class ProgressHook(Hook):
             extra={"on_bar": True} if self._bar is not None else None,
         )
         if self._bar is not None:
-            self._bar.show(f"loss {values.get('loss', float('nan')):.4f}  {rates}")
+            loss = "  ".join(
+                f"{values[name]:.4f}" for name in ("loss", *students) if name in values
+            )
+            self._bar.show(f"loss {loss}  {rates}")

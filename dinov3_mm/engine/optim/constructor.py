@@ -11,6 +11,7 @@ from torch import nn
 from dinov3_mm.suggest import hint
 
 from .param_groups import BACKBONE, build_param_groups
+from .students import StudentOptimWrappers
 
 PARAMWISE_KEYS = (
     "layerwise_decay",
@@ -33,7 +34,9 @@ class PretrainOptimConstructor:
         optim_wrapper_cfg: ``dict(type='PretrainOptimWrapper', optimizer=dict(type='AdamW', ...))``.
         paramwise_cfg: ``layerwise_decay`` (1.0), ``patch_embed_lr_mult`` (1.0), ``head_lr_mult``
             (1.0; learning rate of everything but the backbone) and ``dino_head_wd_multiplier``
-            (1.0; weight decay of the DINO head).
+            (1.0; weight decay of the DINO head). For a model with several students also
+            ``students``: by name the same settings where they differ, ``optimizer`` (e.g. betas)
+            and ``optim_wrapper`` (e.g. ``clip_grad``).
 
     Raises:
         ValueError: An unknown or non-positive paramwise setting, no ``optimizer``, a model without
@@ -46,6 +49,8 @@ class PretrainOptimConstructor:
                 f"optim_wrapper needs optimizer=dict(type='AdamW', ...), given {optim_wrapper_cfg}"
             )
         paramwise_cfg = dict(paramwise_cfg or {})
+        self.students = paramwise_cfg.pop("students", {})
+        self.given_paramwise = dict(paramwise_cfg)
         for key, value in paramwise_cfg.items():
             if key not in PARAMWISE_KEYS:
                 raise ValueError(
@@ -54,15 +59,18 @@ class PretrainOptimConstructor:
             if not isinstance(value, Real) or value < 0:
                 raise ValueError(f"paramwise_cfg: {key} must be a number >= 0, given {value!r}")
         self.wrapper_cfg = {k: v for k, v in optim_wrapper_cfg.items() if k != "optimizer"}
+        self.given_wrapper = dict(self.wrapper_cfg)
         self.optimizer_cfg = dict(optim_wrapper_cfg["optimizer"])
         self.head_wd_multiplier = paramwise_cfg.pop("dino_head_wd_multiplier", 1.0)
         self.head_lr_mult = paramwise_cfg.pop("head_lr_mult", 1.0)
         self.paramwise_cfg = paramwise_cfg
 
     def __call__(self, model: nn.Module):
-        """Return the optimizer wrapper of ``model.student``."""
+        """Return the optimizer wrapper of ``model.student``, or those of all ``model.students``."""
         if is_model_wrapper(model):
             model = model.module
+        if hasattr(model, "students"):
+            return self._for_students(model)
         student = getattr(model, "student", None)
         if student is None:
             raise ValueError(
@@ -85,6 +93,22 @@ class PretrainOptimConstructor:
         optimizer = self._build_optimizer(groups)
         wrapper_cfg = {"type": "PretrainOptimWrapper", **self.wrapper_cfg, "optimizer": optimizer}
         return OPTIM_WRAPPERS.build(wrapper_cfg)
+
+    def _for_students(self, model: nn.Module) -> StudentOptimWrappers:
+        unknown = [name for name in self.students if name not in model.student_names]
+        if unknown:
+            raise ValueError(
+                f"paramwise_cfg.students: no student is called {unknown[0]!r}; "
+                f"{hint(unknown[0], model.student_names)}"
+            )
+        wrappers = {}
+        for name, student in model.students.items():
+            changes = dict(self.students.get(name, {}))
+            wrapper = {**self.given_wrapper, **changes.pop("optim_wrapper", {})}
+            wrapper["optimizer"] = {**self.optimizer_cfg, **changes.pop("optimizer", {})}
+            build = type(self)(wrapper, {**self.given_paramwise, **changes})
+            wrappers[name] = build(student)
+        return StudentOptimWrappers(**wrappers)
 
     def _build_optimizer(self, groups: list[dict]):
         cfg = dict(self.optimizer_cfg)

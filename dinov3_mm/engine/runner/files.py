@@ -6,6 +6,7 @@
     work_dir/checkpoints/iter_00001000/             the same in shards
     work_dir/exports/iter_00001000_teacher.safetensors + .json    the teacher backbone, for users
     work_dir/exports/teacher_latest.safetensors + .json           the newest of them
+    work_dir/exports/NAME/...                       the same of each student of several
 """
 
 import re
@@ -25,14 +26,14 @@ def checkpoint_path(work_dir: str | Path, iteration: int, *, sharded: bool = Fal
     return Path(work_dir) / "checkpoints" / f"iter_{iteration:08d}{suffix}"
 
 
-def export_path(work_dir: str | Path, iteration: int) -> Path:
-    """Teacher export after ``iteration`` optimizer steps."""
-    return Path(work_dir) / "exports" / f"iter_{iteration:08d}_teacher.safetensors"
+def export_path(work_dir: str | Path, iteration: int, student: str | None = None) -> Path:
+    """Teacher export after ``iteration`` optimizer steps, of one student if there are several."""
+    return _exports(work_dir, student) / f"iter_{iteration:08d}_teacher.safetensors"
 
 
-def latest_export_path(work_dir: str | Path) -> Path:
+def latest_export_path(work_dir: str | Path, student: str | None = None) -> Path:
     """Copy of the newest teacher export."""
-    return Path(work_dir) / "exports" / "teacher_latest.safetensors"
+    return _exports(work_dir, student) / "teacher_latest.safetensors"
 
 
 def list_checkpoints(work_dir: str | Path) -> dict[int, Path]:
@@ -40,9 +41,9 @@ def list_checkpoints(work_dir: str | Path) -> dict[int, Path]:
     return _numbered_files(Path(work_dir) / "checkpoints", _CHECKPOINT)
 
 
-def list_exports(work_dir: str | Path) -> dict[int, Path]:
+def list_exports(work_dir: str | Path, student: str | None = None) -> dict[int, Path]:
     """Teacher exports by iteration, oldest first."""
-    return _numbered_files(Path(work_dir) / "exports", _EXPORT)
+    return _numbered_files(_exports(work_dir, student), _EXPORT)
 
 
 def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
@@ -66,8 +67,12 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def _exports(work_dir: str | Path, student: str | None) -> Path:
+    return Path(work_dir) / "exports" / (student or "")
+
+
 def _partial_files(work_dir: Path) -> Iterator[Path]:
-    for folder in ("checkpoints", "exports"):
+    for folder in ("checkpoints", "exports", "exports/*"):
         yield from (work_dir / folder).glob(f".*{PARTIAL_SUFFIX}")
 
 

@@ -1,8 +1,17 @@
 """Self-supervised pretraining: the DINOv3 algorithm, heads, Gram teacher and diagnostics."""
 
 from .dinov3 import DINOv3
+from .distillation_teacher import DistillationTeacher
 from .gram_teacher import GramTeacher
 from .head import DINOv3Head
+from .multi_distillation import MultiDistillation
 from .preprocessor import MultiCropPreprocessor
 
-__all__ = ["DINOv3", "DINOv3Head", "GramTeacher", "MultiCropPreprocessor"]
+__all__ = [
+    "DINOv3",
+    "DINOv3Head",
+    "DistillationTeacher",
+    "GramTeacher",
+    "MultiCropPreprocessor",
+    "MultiDistillation",
+]

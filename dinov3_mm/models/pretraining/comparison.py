@@ -19,9 +19,15 @@ NUM_GLOBAL_CROPS = 2
 class WholeComparison:
     """Logits (n, K) of all samples at once; teacher probabilities of the same shape."""
 
+    chunk_size = None
+
     def scores(self, head: DINOv3Head, features: Tensor) -> Tensor:
         """Logits of features (n, D)."""
         return head(features)
+
+    def projected_scores(self, head: DINOv3Head, projected: Tensor) -> Tensor:
+        """Logits of bottleneck features (n, b)."""
+        return head.last_layer(projected)
 
     def split(self, scores: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Rows of the scores, apart."""
@@ -91,6 +97,10 @@ class ChunkedComparison:
         """Bottleneck features and prototypes, in the dtype in which the head computes."""
         return Projections(*head.project_and_prototypes(features))
 
+    def projected_scores(self, head: DINOv3Head, projected: Tensor) -> Projections:
+        """The same of bottleneck features (n, b)."""
+        return Projections(projected, head.last_layer.weight.to(projected.dtype))
+
     def split(self, scores: Projections, sizes: tuple[int, ...]) -> tuple[Projections, ...]:
         """Rows of the scores, apart."""
         return tuple(Projections(part, scores.prototypes) for part in scores.features.split(sizes))
@@ -146,3 +156,6 @@ class ChunkedComparison:
 
     def _cross_entropy(self, *arguments) -> Tensor:
         return chunked_cross_entropy(*arguments, chunk_size=self.chunk_size)
+
+
+Comparison = WholeComparison | ChunkedComparison

@@ -17,19 +17,26 @@ from dinov3_mm.suggest import hint
 
 from .comparison import ChunkedComparison, WholeComparison
 from .diagnostics import diagnose
+from .distillation_teacher import (
+    DistillationTeacher,
+    TeacherFeatures,
+    check_student,
+    resolve_distillation,
+    with_prototypes,
+)
 from .gram_teacher import GramTeacher, gram_term, resize_to_student
 from .options import (
     DINO_DEFAULTS,
     IBOT_DEFAULTS,
+    check_compute_dtype,
     resolve_gram,
     resolve_koleo,
     resolve_options,
 )
-from .student import build_student, load_student
+from .student import build_student, check_batch_norm, follow, load_network
 from .terms import StudentView, TeacherView, as_scalar, count_local_crops, image_terms
 
 STEP_VALUES = ("teacher_temp", "dino_local_weight", "gram_weight")
-COMPUTE_DTYPES = ("fp32", "bf16")
 
 
 @MODELS.register_module()
@@ -47,7 +54,7 @@ class DINOv3(BaseModel):
     Args:
         backbone: config of the backbone, or the module: ``embed_dims``, ``token_stride`` (pixels
             between neighbouring patch tokens) and ``forward_tokens(images, masks)`` as in
-            ``DINOv3ViT``, no batch normalisation.
+            ``DINOv3ViT``.
         dino_head: config of the head on CLS tokens; ``in_dims`` follows from the backbone.
         ibot_head: config of the head on masked patches.
         dino: ``weight`` (1), ``global_ignore_diagonal`` (True: a global crop is not compared with
@@ -62,6 +69,13 @@ class DINOv3(BaseModel):
             ``remove_neg``, ``remove_only_teacher_neg`` (False), ``tokens_used`` ('all', 'masked',
             'unmasked'), ``compute_stats`` (False), ``resize_method`` ('bicubic', 'bilinear'),
             ``resize_antialias`` (False).
+        distillation: None, or a frozen teacher, which takes the place of the EMA teacher in all
+            terms: ``backbone``, ``dino_head`` and ``ibot_head`` as configs, and perhaps
+            ``resolution_scale``, the factor by which its crops are smaller (by default the one that
+            gives both networks the same grid of tokens). ``DistillationHook`` reads its weights.
+            The student's ``num_prototypes`` are the teacher's; the EMA teacher still follows the
+            student and is what is evaluated and exported. A :class:`DistillationTeacher` that lives
+            elsewhere can be given too.
         student_temp: temperature of the student's softmax.
         compute_dtype: 'fp32', or 'bf16' for bfloat16 autocast in backbones and heads; losses are
             always float32.
@@ -71,7 +85,8 @@ class DINOv3(BaseModel):
             None compares whole matrices of logits.
         mask_student: hide the masked patches from the student, which needs a backbone with a
             ``mask_token``. Off, the student sees all patches and the iBOT term is still evaluated
-            on the masked ones; the way of the ConvNeXts.
+            on the masked ones: the way of the ConvNeXts, and of distillation. None: hidden unless
+            there is a distillation teacher.
         start_from: a training state or teacher export with both heads, in any format that
             ``load_weights`` reads: student and teacher start from it (high-resolution stage).
         data_preprocessor: default ``MultiCropPreprocessor`` with ImageNet statistics.
@@ -80,14 +95,16 @@ class DINOv3(BaseModel):
 
     Attributes:
         collect_diagnostics (bool): add the values of
-            :func:`~dinov3_mm.models.pretraining.diagnostics.diagnose` to the losses.
+            :func:`~dinov3_mm.models.pretraining.diagnostics.diagnose` to the losses: of the EMA
+            teacher's features, in a distillation of the student's.
         gram (dict | None): the settings of the Gram term, completed.
         step_values (dict): what :meth:`set_step` was given.
 
     Raises:
         ValueError: settings that are unknown, out of range or contradict each other; a backbone
             with batch normalisation, through which the images of a batch would see each other;
-            ``mask_student`` with a backbone that cannot be masked.
+            ``mask_student`` with a backbone that cannot be masked; a distillation teacher with
+            other prototypes or another grid of tokens, or beside a Gram term.
     """
 
     def __init__(
@@ -100,10 +117,11 @@ class DINOv3(BaseModel):
         ibot: dict | None = None,
         koleo: dict | None = None,
         gram: dict | None = None,
+        distillation: dict | DistillationTeacher | None = None,
         student_temp: float = 0.1,
         compute_dtype: str = "fp32",
         prototype_chunk_size: int | None = None,
-        mask_student: bool = True,
+        mask_student: bool | None = None,
         start_from: str | os.PathLike | None = None,
         data_preprocessor: dict | nn.Module | None = None,
         init_cfg: dict | list[dict] | None = None,
@@ -115,25 +133,25 @@ class DINOv3(BaseModel):
         self.gram = resolve_gram(gram)
         if student_temp <= 0:
             raise ValueError(f"student_temp must be positive, got {student_temp}")
-        if compute_dtype not in COMPUTE_DTYPES:
-            raise ValueError(
-                f"compute_dtype must be one of {COMPUTE_DTYPES}, got {compute_dtype!r}. float16 is "
-                "not supported: it overflows without loss scaling; use 'bf16'"
-            )
         self.student_temp = student_temp
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = check_compute_dtype(compute_dtype)
         self.comparison = (
             WholeComparison()
             if prototype_chunk_size is None
             else ChunkedComparison(prototype_chunk_size)
         )
-        self.mask_student = mask_student
+        self.mask_student = distillation is None if mask_student is None else mask_student
         self.start_from = start_from
         self.collect_diagnostics = False
         self.step_values: dict[str, float | Tensor] = {}
 
+        teacher, scale = resolve_distillation(distillation, has_gram=self.gram is not None)
+        if teacher is not None:
+            dino_head = with_prototypes(dino_head, teacher["dino_head"])
+            ibot_head = with_prototypes(ibot_head, teacher["ibot_head"])
         self.student = build_student(backbone, dino_head, ibot_head)
-        if mask_student and not hasattr(self.student.backbone, "mask_token"):
+        check_batch_norm(self.student, has_frozen_teacher=teacher is not None)
+        if self.mask_student and not hasattr(self.student.backbone, "mask_token"):
             raise ValueError(
                 f"{type(self.student.backbone).__name__} has no mask token, so patches cannot be "
                 "hidden from it; set mask_student=False, which evaluates the iBOT term on patches "
@@ -142,7 +160,17 @@ class DINOv3(BaseModel):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         if self.gram is not None and self.gram["teacher"] == "frozen":
             self.gram_teacher = GramTeacher(self.student.backbone)
+        if teacher is not None:
+            self.resolution_scale = check_student(self.student, teacher, scale)
+            if teacher is not distillation:
+                self.distillation_teacher = teacher
+        self.listen_to(teacher)
         self.train()
+
+    def listen_to(self, source: DistillationTeacher | TeacherFeatures | None) -> None:
+        """Take the coming targets from ``source``; None: from the EMA teacher."""
+        # Not a child by this name: it may be part of another model.
+        object.__setattr__(self, "target_source", source)
 
     def init_weights(self) -> None:
         """Initialise the student (and what its ``init_cfg`` loads), then copy it to the teacher."""
@@ -151,12 +179,14 @@ class DINOv3(BaseModel):
         if self.init_cfg:
             initialize(self, self.init_cfg)
         if self.start_from is not None:
-            load_student(self.student, self.start_from)
+            load_network(self.student, self.start_from, what="start_from")
         elif self.student.backbone.init_cfg:
             print_log("heads: random; teacher: a copy of the student", logger="current")
         self.teacher.load_state_dict(self.student.state_dict())
         if hasattr(self, "gram_teacher"):
             self.gram_teacher.backbone.load_state_dict(self.student.backbone.state_dict())
+        if hasattr(self, "distillation_teacher"):
+            self.distillation_teacher.init_weights()
         self._is_init = True
 
     def train(self, mode: bool = True) -> "DINOv3":
@@ -167,22 +197,15 @@ class DINOv3(BaseModel):
             self.gram_teacher.eval()
         return self
 
-    @torch.no_grad()
     def update_teacher(self, momentum: float | Tensor) -> None:
-        """Move the teacher's parameters (not its buffers): ``m * teacher + (1 - m) * student``.
+        """Move the EMA teacher's parameters: ``m * teacher + (1 - m) * student``.
+
+        Of its buffers only the running statistics of synced batch norms follow.
 
         Args:
             momentum: ``m``, a number or a scalar tensor, which is not read to the host.
         """
-        teacher = list(self.teacher.parameters())
-        student = list(self.student.parameters())
-        if not isinstance(momentum, Tensor):
-            torch._foreach_lerp_(teacher, student, 1.0 - momentum)
-            return
-        step = (1.0 - momentum).to(teacher[0].device, teacher[0].dtype, non_blocking=True)
-        change = torch._foreach_sub(student, teacher)
-        torch._foreach_mul_(change, step)
-        torch._foreach_add_(teacher, change)
+        follow(self.teacher, self.student, momentum)
 
     @property
     def teacher_backbone(self) -> nn.Module:
@@ -306,24 +329,26 @@ class DINOv3(BaseModel):
                 logs.update(gram_logs)
             if self.collect_diagnostics:
                 probabilities = self.comparison.probabilities(teacher.cls_targets)
-                logs.update(diagnose(teacher.cls, teacher.patches, probabilities))
+                seen = (teacher.cls, teacher.patches)
+                if self.target_source is not None:
+                    seen = (student.global_cls.detach(), student.patches.detach())
+                logs.update(diagnose(*seen, probabilities))
         return {"loss": total, **{name: value.detach() for name, value in logs.items()}}
 
     @torch.no_grad()
     def _run_teacher(self, batch: Mapping[str, Tensor]) -> TeacherView:
-        """EMA teacher on the unmasked global crops; heads and centring of what is compared."""
-        with self._autocast(batch["global_crops"]):
+        """Teacher on the unmasked global crops; heads and centring of what is compared."""
+        temp, autocast = self.step_values["teacher_temp"], self._autocast(batch["global_crops"])
+        if self.target_source is not None:
+            settings = (self.resolution_scale, self.comparison, temp, autocast)
+            return TeacherView(None, None, *self.target_source.targets(batch, *settings))
+        with autocast:
             tokens = self.teacher.backbone.forward_tokens(batch["global_crops"])
             masked = tokens.patches.flatten(0, 1).index_select(0, batch["mask_indices"])
             patch_scores = self.comparison.scores(self.teacher.ibot_head, masked)
             cls_scores = self.comparison.scores(self.teacher.dino_head, tokens.cls)
-        temp = self.step_values["teacher_temp"]
-        return TeacherView(
-            tokens.cls,
-            tokens.patches,
-            self.comparison.assignments(cls_scores, temp),
-            self.comparison.assignments(patch_scores, temp),
-        )
+        targets = (self.comparison.assignments(each, temp) for each in (cls_scores, patch_scores))
+        return TeacherView(tokens.cls, tokens.patches, *targets)
 
     def _run_student(self, batch: Mapping[str, Tensor]) -> StudentView:
         """Student on masked global crops and local crops, in one pass each of backbone and head."""

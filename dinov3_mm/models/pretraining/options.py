@@ -5,6 +5,7 @@ from typing import Any
 
 from dinov3_mm.suggest import hint
 
+COMPUTE_DTYPES = ("fp32", "bf16")
 DINO_DEFAULTS = dict(weight=1.0, global_ignore_diagonal=True)
 IBOT_DEFAULTS = dict(weight=1.0)
 KOLEO_DEFAULTS = dict(weight=0.1, distributed=False, topk=1, group_size=None)
@@ -82,3 +83,13 @@ def resolve_gram(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
             "have different numbers of masked patches"
         )
     return options
+
+
+def check_compute_dtype(name: str) -> str:
+    """Return ``name``, or raise a ``ValueError`` if it is none of ``COMPUTE_DTYPES``."""
+    if name not in COMPUTE_DTYPES:
+        raise ValueError(
+            f"compute_dtype must be one of {COMPUTE_DTYPES}, got {name!r}. float16 is not "
+            "supported: it overflows without loss scaling; use 'bf16'"
+        )
+    return name

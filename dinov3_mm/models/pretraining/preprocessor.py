@@ -90,11 +90,16 @@ class MultiCropPreprocessor(BaseDataPreprocessor):
         batch = self.cast_data({key: data[key] for key in wanted})
         for key in CROPS:
             if key in batch:
-                batch[key] = self._normalize(key, batch[key])
+                batch[key] = self.normalize(key, batch[key])
         return dict(inputs=batch, data_samples=None)
 
-    def _normalize(self, key: str, crops: Tensor) -> Tensor:
-        """``(crops / 255 - mean) / std`` in float32."""
+    def normalize(self, key: str, crops: Tensor) -> Tensor:
+        """``(crops / 255 - mean) / std`` in float32.
+
+        Args:
+            key: what the crops are, for messages.
+            crops: (n, C, S, S), uint8 or float32 in 0..255, on the device.
+        """
         if crops.dtype not in (torch.uint8, torch.float32):
             raise TypeError(f"{key} must be uint8 or float32 in 0..255, got {crops.dtype}")
         if crops.ndim != 4 or crops.shape[1] != self.scale.shape[1]:

@@ -4,11 +4,15 @@ import copy
 import os
 from collections.abc import Mapping
 
+import torch
 from mmengine.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dinov3_mm.checkpoints import install_weights, load_weights
+from dinov3_mm.checkpoints.sharding import shard_state
+
+from ..layers.batch_norm import FrozenBatchNorm2d, SyncedBatchNorm2d
 
 HEADS = ("dino_head", "ibot_head")
 
@@ -18,7 +22,7 @@ def build_student(backbone: dict | nn.Module, dino_head: dict, ibot_head: dict) 
 
     Raises:
         TypeError: a head that is no config dict.
-        ValueError: a head whose ``in_dims`` is not the backbone's width, or batch normalisation.
+        ValueError: a head whose ``in_dims`` is not the backbone's width.
     """
     backbone = backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone)
     heads = {}
@@ -32,31 +36,79 @@ def build_student(backbone: dict | nn.Module, dino_head: dict, ibot_head: dict) 
                 "leave in_dims out"
             )
         heads[name] = MODELS.build({**copy.deepcopy(dict(cfg)), "in_dims": width})
-    student = nn.ModuleDict({"backbone": backbone, **heads})
+    return nn.ModuleDict({"backbone": backbone, **heads})
+
+
+def check_batch_norm(student: nn.ModuleDict, *, has_frozen_teacher: bool) -> None:
+    """Refuse batch norms whose statistics are of the batch, unless the teacher is frozen.
+
+    Raises:
+        ValueError: a batch norm that is neither frozen nor, under a frozen teacher, synced.
+    """
+    allowed = (FrozenBatchNorm2d, SyncedBatchNorm2d) if has_frozen_teacher else FrozenBatchNorm2d
     for name, module in student.named_modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and not isinstance(module, allowed):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: batch normalisation leaks information "
-                "between the images of a batch and has no meaning in the EMA teacher; use a "
-                "backbone without it"
+                "between the images of a batch and has no meaning in the EMA teacher. Use a "
+                "backbone without it, or TimmBackbone or FeatureMapBackbone with "
+                "batch_norm='group', 'frozen' (trained statistics) or, as the student of a frozen "
+                "teacher, 'sync'"
             )
-    return student
 
 
-def load_student(student: nn.ModuleDict, path: str | os.PathLike) -> None:
+def averaged_tensors(network: nn.Module) -> list[Tensor]:
+    """What an EMA copy follows: parameters, and running statistics of synced batch norms."""
+    tensors: list[Tensor] = list(network.parameters())
+    for module in network.modules():
+        if isinstance(module, SyncedBatchNorm2d):
+            tensors += [module.running_mean, module.running_var]
+    return tensors
+
+
+@torch.no_grad()
+def follow(ema: nn.Module, network: nn.Module, momentum: float | Tensor) -> None:
+    """Move an EMA copy: ``m * ema + (1 - m) * network``.
+
+    Args:
+        ema: the copy.
+        network: what it follows.
+        momentum: ``m``, a number or a scalar tensor, which is not read to the host.
+    """
+    averages, values = averaged_tensors(ema), averaged_tensors(network)
+    if not isinstance(momentum, Tensor):
+        torch._foreach_lerp_(averages, values, 1.0 - momentum)
+        return
+    step = (1.0 - momentum).to(averages[0].device, averages[0].dtype, non_blocking=True)
+    change = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(change, step)
+    torch._foreach_add_(averages, change)
+
+
+def load_network(network: nn.ModuleDict, path: str | os.PathLike, *, what: str) -> str:
     """Load backbone and both heads of a training state or teacher export, strictly.
+
+    Args:
+        network: ``backbone``, ``dino_head`` and ``ibot_head``.
+        path: the file.
+        what: who needs it, for messages.
+
+    Returns:
+        One line about what was loaded.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: weights that lack a head or do not fit.
     """
-    checkpoint = load_weights(path, heads=True, arch=student.backbone.arch_settings)
+    checkpoint = load_weights(path, heads=True, arch=network["backbone"].arch_settings)
     missing = [name for name in HEADS if name not in checkpoint.heads]
     if missing:
-        raise ValueError(f"{path} holds no {' and no '.join(missing)}; start_from needs both heads")
-    install_weights(student.backbone, checkpoint)
+        raise ValueError(f"{path} holds no {' and no '.join(missing)}; {what} needs both heads")
+    report = install_weights(network["backbone"], checkpoint)
     for name in HEADS:
+        head, state = network[name], checkpoint.heads[name]
         try:
-            student[name].load_state_dict(checkpoint.heads[name], strict=True)
+            head.load_state_dict(shard_state(state, head.state_dict()), strict=True)
         except RuntimeError as error:
             raise ValueError(f"the {name} of {path} does not fit the config: {error}") from None
+    return str(report)

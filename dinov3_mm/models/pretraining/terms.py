@@ -11,12 +11,13 @@ from .comparison import NUM_GLOBAL_CROPS, ChunkedComparison, WholeComparison
 
 
 class TeacherView(NamedTuple):
-    """What the EMA teacher sees in the global crops: CLS (2B, D), patches (2B, N, D), and the
-    assignments of CLS and of masked patches in the form of the comparison.
+    """What the teacher sees in the global crops: CLS (2B, D), patches (2B, N, D), and the
+    assignments of CLS and of masked patches in the form of the comparison. A distillation teacher,
+    whose features have a width of their own, gives the assignments only.
     """
 
-    cls: Tensor
-    patches: Tensor
+    cls: Tensor | None
+    patches: Tensor | None
     cls_targets: Any
     patch_targets: Any
 
