@@ -35,7 +35,9 @@ def toy_config(images: Path, work_dir: Path, **changes: object) -> Config:
     32 px global and 16 px local crops at patch size 8: 16 and 4 tokens. Stochastic depth and RoPE
     augmentation are on, so that a resumed run is only right if the model's noise is.
     """
-    head = dict(type="DINOv3Head", in_dims=32, num_prototypes=24, hidden_dims=32, bottleneck_dims=16)
+    head = dict(
+        type="DINOv3Head", in_dims=32, num_prototypes=24, hidden_dims=32, bottleneck_dims=16
+    )
     cfg = Config(
         dict(
             runner_type="FlexibleRunner",

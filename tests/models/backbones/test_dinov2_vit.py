@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from mmengine.registry import MODELS
-from torch import nn
 
 from dinov3_mm.models.backbones import DINOV2_ARCHITECTURES, ZOO, DINOv2ViT
+from dinov3_mm.models.layers import Linear
 from tests.dinov2_toys import GEOMETRY, REGISTERS, SIZES, noise, toy_dinov2
 from tests.golden import assert_parity
 
@@ -199,7 +199,7 @@ def test_released_rules_of_resampling():
 def test_no_rope_and_no_bias_mask():
     model = toy_dinov2()
     assert model.rope_embed is None
-    assert type(model.blocks[0].attn.qkv) is nn.Linear
+    assert type(model.blocks[0].attn.qkv) is Linear
     assert not list(model.buffers())
 
 

@@ -12,7 +12,7 @@ import dinov3_mm.engine.optim  # noqa: F401  (registers the optimizer wrapper)
 from dinov3_mm.checkpoints import export_backbone
 from dinov3_mm.engine.runner.training_state import write_training_state
 from dinov3_mm.models.backbones import DINOv3ViT
-from dinov3_mm.models.pretraining import DINOv3Head, DINOv3
+from dinov3_mm.models.pretraining import DINOv3, DINOv3Head
 from tests.golden import assert_parity
 
 from .toy import BACKBONE, HEAD, build_toy, prepared, toy_batch
