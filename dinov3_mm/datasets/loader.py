@@ -109,7 +109,9 @@ def build_pretrain_dataloader(
         {"type": "MultiCrop", **copy.deepcopy(dict(cfg.get("transform", {})))}
     )
     for variant in transform.variants:
-        check_sizes(variant, masking["patch_size"])
+        patches = masking["patch_size"]
+        for patch_size in [patches] if isinstance(patches, int) else patches:
+            check_sizes(variant, patch_size)
     sides = [variant.global_size for variant in transform.variants]
     source = DATASETS.build(copy.deepcopy(dict(cfg["source"])))
     num_channels = check_source(
