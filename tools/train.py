@@ -19,9 +19,11 @@ from dinov3_mm.engine import (
     build_runner,
     find_latest_checkpoint,
     parse_options,
+    resume_stage,
     set_data,
     set_teacher,
     set_weights,
+    start_from_stage,
     start_processes,
 )
 
@@ -56,6 +58,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="training checkpoint or export with heads of the teacher; for distillation configs",
     )
+    parser.add_argument(
+        "--from-stage",
+        metavar="WORK_DIR",
+        help="work folder of the earlier stage from which this one goes on; for later stages",
+    )
+    parser.add_argument(
+        "--gram-iter",
+        type=int,
+        metavar="N",
+        help="with --from-stage: the Gram teacher is the teacher of iteration N; default: of the "
+        "config, or the newest",
+    )
     parser.add_argument("--seed", type=int, help="seed of data order, crops, masks and weights")
     parser.add_argument(
         "--cfg-options",
@@ -89,10 +103,23 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def settle_stage(cfg: Config, args: argparse.Namespace) -> list[str]:
+    """Start a later stage from the one before it, unless it has begun; lines for the log."""
+    if args.gram_iter is not None and args.from_stage is None:
+        raise ConfigError("--gram-iter chooses a teacher of the stage in --from-stage; give both")
+    if args.resume is not None and cfg.get("resume"):
+        resume_stage(cfg)
+        return []
+    if args.from_stage is None:
+        return []
+    return start_from_stage(cfg, args.from_stage, gram_iter=args.gram_iter)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     start_processes(args.launcher)
-    build_runner(load_config(args)).train()
+    cfg = load_config(args)
+    build_runner(cfg, notes=settle_stage(cfg, args)).train()
     if dist.is_initialized():
         dist.destroy_process_group()
 

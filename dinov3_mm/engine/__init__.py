@@ -4,6 +4,7 @@ from . import fsdp2, hooks, loops, optim, strategy, students  # noqa: F401  (reg
 from .build import build_runner
 from .config import ConfigError, apply_options, check_config, parse_options
 from .runner import LAUNCHERS, find_latest_checkpoint, start_processes
+from .stages import resume_stage, start_from_stage
 from .starting_point import set_data, set_teacher, set_weights
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "check_config",
     "find_latest_checkpoint",
     "parse_options",
+    "resume_stage",
     "set_data",
     "set_teacher",
     "set_weights",
+    "start_from_stage",
     "start_processes",
 ]

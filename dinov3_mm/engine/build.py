@@ -1,6 +1,7 @@
 """From a config to a runner that is ready to train."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from mmengine.config import Config
@@ -10,10 +11,11 @@ from mmengine.registry import MODELS, RUNNERS
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
 from dinov3_mm.engine.runner.training_state import read_meta
+from dinov3_mm.engine.stages import refuse_orphan
 from dinov3_mm.engine.starting_point import settle_data, settle_teacher, settle_weights
 
 
-def build_runner(cfg: Config):
+def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     """Check a config, complete it and build its runner.
 
     Where a process group exists the run is distributed.
@@ -23,13 +25,15 @@ def build_runner(cfg: Config):
             (``runner_type='FlexibleRunner'``) is checked and completed with this package's default
             hooks and strategy, and its values ``'auto'`` are derived; any other goes to MMEngine's
             runner as it is.
+        notes (Sequence[str]): Lines to log first.
 
     Returns:
         FlexibleRunner | Runner: ``.train()`` trains.
 
     Raises:
         ConfigError: If a pretraining config holds a name, type or argument that nobody reads, names
-            neither images nor weights where it needs them, or describes no possible model.
+            neither images nor weights where it needs them, or describes no possible model; a later
+            stage that says nowhere where it starts.
     """
     # The runner would guess from the environment; the process group is there or it is not.
     cfg.launcher = "pytorch" if is_distributed() else "none"
@@ -38,12 +42,13 @@ def build_runner(cfg: Config):
     fill_defaults(cfg)
     check_config(cfg, world_size=get_world_size())
     settle_data(cfg)
+    refuse_orphan(cfg)
     stored = _stored(cfg)
     lines = [*settle_weights(cfg, stored), *settle_teacher(cfg), *_derive(cfg, stored)]
     check_config(cfg, world_size=get_world_size())
     _check_model(cfg)
     runner = RUNNERS.build(cfg)
-    for line in lines:
+    for line in (*notes, *lines):
         runner.logger.info(line)
     return runner
 

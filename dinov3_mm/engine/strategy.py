@@ -42,13 +42,21 @@ class PretrainStrategy(SingleDeviceStrategy):
         compile_blocks (bool): Compile each block of the backbones with ``torch.compile``.
         fp8_filter (str, optional): Regular expression for the paths of the backbones' linear layers
             that multiply in float8, e.g. ``'blocks'``. Defaults to None: none.
+        load_optimizer (bool): ``load_from`` also takes the optimizer's moments, for a stage that
+            goes on training.
         **kwargs: See :class:`mmengine._strategy.BaseStrategy`.
     """
 
     def __init__(
-        self, *, compile_blocks: bool = False, fp8_filter: str | None = None, **kwargs
+        self,
+        *,
+        compile_blocks: bool = False,
+        fp8_filter: str | None = None,
+        load_optimizer: bool = False,
+        **kwargs,
     ) -> None:
         super().__init__(**kwargs)
+        self.load_optimizer = load_optimizer
         self.fp8_filter = fp8_filter
         self.compile_blocks = compile_blocks
 
@@ -83,6 +91,8 @@ class PretrainStrategy(SingleDeviceStrategy):
     ) -> dict:
         """Take the model weights of a training checkpoint as the start of a new stage.
 
+        With ``load_optimizer`` also the moments of its optimizer.
+
         A Gram teacher that the checkpoint lacks keeps its values; its hook fills it.
 
         Args:
@@ -96,7 +106,7 @@ class PretrainStrategy(SingleDeviceStrategy):
             FileNotFoundError: If there is no such file.
             ValueError: If it cannot be read safely or its tensors are not the model's.
         """
-        return self._read_state(filename, callback, with_optimizer=False)
+        return self._read_state(filename, callback, with_optimizer=self.load_optimizer)
 
     def _read_state(
         self, filename: str, callback: Callable[[dict], None] | None, *, with_optimizer: bool

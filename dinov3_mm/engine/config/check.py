@@ -19,7 +19,11 @@ from dinov3_mm.engine.config.signature import accepted_keywords
 from dinov3_mm.suggest import hint, nearest
 
 # Top-level keys that MMEngine reads beside the runner's own arguments.
-CONFIG_KEYS = frozenset({"runner_type", "custom_imports", "launcher", "env_cfg", "default_scope"})
+CONFIG_KEYS = frozenset(
+    {"runner_type", "custom_imports", "launcher", "env_cfg", "default_scope", "stage"}
+)
+# What ``stage`` may hold; see :mod:`dinov3_mm.engine.stages`.
+STAGE_KEYS = ("kind", "iterations", "gram_iter")
 
 # A typo is nearer to its Runner key than this; a helper variable is not (train_data, model_dim).
 _TYPO_CUTOFF = 0.85
@@ -95,6 +99,7 @@ def untyped_keys(cfg: Mapping) -> dict[str, frozenset[str]]:
     return {
         "env_cfg": environment,
         "randomness": accepted_keywords(BaseStrategy._set_randomness) - {"self"},
+        "stage": frozenset(STAGE_KEYS),
         "train_dataloader": frozenset(LOADER_KEYS),
         "train_dataloader.masking": frozenset(MASKING_KEYS),
     }

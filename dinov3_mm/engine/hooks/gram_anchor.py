@@ -96,6 +96,9 @@ class GramAnchorHook(Hook):
 
     def _fill(self, runner) -> None:
         """Give a frozen Gram teacher its first weights, unless a later iteration does."""
+        if runner.iter > 0 and self.model.gram_teacher_ready:
+            runner.logger.info("Gram teacher: as in the checkpoint that the run was resumed from")
+            return
         if self.checkpoint is None and self.load_ema_at < 0:
             raise ValueError(
                 "gram teacher='frozen' needs weights: give GramAnchorHook checkpoint=FILE (e.g. a "
@@ -105,10 +108,7 @@ class GramAnchorHook(Hook):
             raise ValueError(
                 f"load_ema_at={self.load_ema_at} is after the run's {runner.max_iters} iterations"
             )
-        is_resumed = runner.iter > 0
-        if is_resumed and self.model.gram_teacher_ready:
-            runner.logger.info("Gram teacher: as in the checkpoint that the run was resumed from")
-        elif self.checkpoint is not None:
+        if self.checkpoint is not None:
             runner.logger.info(f"Gram teacher: {self.model.load_gram_teacher(self.checkpoint)}")
         elif runner.iter > self.load_ema_at:
             raise ValueError(
