@@ -8,7 +8,14 @@ from torch import nn
 # What activation checkpointing, compilation and sharding put into parameter names.
 _WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\.")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-_STEM = ("cls_token", "storage_tokens", "mask_token", "pos_embed", "patch_embed.")
+_STEM = (
+    "cls_token",
+    "storage_tokens",
+    "register_tokens",
+    "mask_token",
+    "pos_embed",
+    "patch_embed.",
+)
 # The sub-module of the student that starts from trained weights when training is continued.
 BACKBONE = "backbone"
 _UNDECAYED = ("norm", "gamma", "fourier_w")
