@@ -14,13 +14,13 @@ from torch import Tensor
 from dinov3_mm.checkpoints import atomic_write
 from dinov3_mm.datasets.sources import ImageSource
 
-from .extractor import FeatureExtractor, group_by_size
+from .extractor import FeatureExtractor
 from .feature_files.load import INDEX_FILE
 from .feature_files.merge import merge_shards
 from .feature_files.plan import FORMAT_VERSION, ExtractionPlan, check_same
 from .feature_files.shards import ShardBuffer, read_shard_header, write_shard
 from .fields import FieldSelection
-from .image_loading import SourcePixels, load_batches
+from .image_loading import SourcePixels, group_by_size, load_batches
 
 Progress = Callable[[int, int], None]  # images with features, images left out
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from dinov3_mm.checkpoints import Statistics
 from dinov3_mm.checkpoints.statistics import named_statistics
-from dinov3_mm.datasets.sources import BrokenImageError, read_image
+from dinov3_mm.datasets.sources import read_image
 from dinov3_mm.evaluation.features import evaluating
 from dinov3_mm.suggest import hint
 
 from .backbone import describe, open_backbone
 from .forwards import ForwardThreads
-from .image_loading import GivenPixels, LoadedBatch, load_batches
+from .image_loading import GivenPixels, all_usable, group_by_size, load_batches
 from .layers import Layers, resolve_layers
 from .preparation import NATIVE, ImageLike, ImagePreparation, parse_image_size
 from .tiling import Tiling
@@ -32,7 +32,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # activations stay in the caches and that the threads finish together.
 _TOKENS_PER_THREAD = 2048
 _BATCHES_IN_FLIGHT = 2
-_WAITING_BATCHES = 4
 
 Tag = TypeVar("Tag")
 Result = TypeVar("Result")
@@ -235,7 +234,7 @@ class FeatureExtractor:
         size = 1 if self.preparation.size is None else self.capacity(*self.preparation.size)
         batches = [range(len(images))[i : i + size] for i in range(0, len(images), size)]
         loaded = load_batches(pixels, batches, self.preparation, num_workers=num_workers)
-        groups = _all_usable(loaded, images)
+        groups = all_usable(loaded, images)
         if size > 1:
             return groups
         return group_by_size(((index[0], batch[0]) for index, batch in groups), self.capacity)
@@ -331,45 +330,6 @@ def to_cpu(features: ImageFeatures) -> ImageFeatures:
 def to_host(tensor: Tensor) -> Tensor:
     """A contiguous fp32 copy on the CPU."""
     return tensor.to("cpu", torch.float32, copy=True).contiguous()
-
-
-def group_by_size(
-    images: Iterable[tuple[int, Tensor]], capacity: Callable[[int, int], int]
-) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Batches of images of equal size, as (keys, pixels (B, C, h, w)).
-
-    A batch is given out when it holds ``capacity(height, width)`` images, or when the images of
-    other sizes that wait would together fill four batches.
-    """
-    waiting: dict[torch.Size, list[tuple[int, Tensor]]] = {}
-
-    def filled(shape: torch.Size) -> float:
-        return len(waiting[shape]) / capacity(*shape[1:])
-
-    for key, image in images:
-        waiting.setdefault(image.shape, []).append((key, image))
-        if filled(image.shape) >= 1:
-            yield _stacked(waiting.pop(image.shape))
-        elif sum(map(filled, waiting)) >= _WAITING_BATCHES:
-            yield _stacked(waiting.pop(max(waiting, key=filled)))
-    for group in waiting.values():
-        yield _stacked(group)
-
-
-def _all_usable(
-    loaded: Iterable[LoadedBatch], images: Sequence[ImageLike]
-) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    for groups, left_out in loaded:
-        for index, reason in left_out:
-            is_file = isinstance(images[index], (str, os.PathLike))
-            raise BrokenImageError(str(images[index]) if is_file else f"image {index}", reason)
-        yield from groups
-
-
-def _stacked(group: list[tuple[int, Tensor]]) -> tuple[tuple[int, ...], Tensor]:
-    keys, images = zip(*group)
-    dtype = torch.uint8 if all(i.dtype == torch.uint8 for i in images) else torch.float32
-    return keys, torch.stack([image.to(dtype) for image in images])
 
 
 def _collect(tag: Tag, futures: list[Future]) -> tuple[Tag, list]:

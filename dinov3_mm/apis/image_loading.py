@@ -1,6 +1,7 @@
 """Images of a source as prepared batches, decoded and resized in worker processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ from .preparation import (
     from_array,
     load_pixels,
 )
+
+# Images of rare sizes wait for others of their size, until they would fill as many batches.
+_WAITING_BATCHES = 4
 
 
 class ImageFiles(FileSource):
@@ -93,6 +97,46 @@ def load_batches(
         generator=torch.Generator(),  # else the loader draws its seed from the global generator
     )
     return iter(loader)
+
+
+def group_by_size(
+    images: Iterable[tuple[int, Tensor]], capacity: Callable[[int, int], int]
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Batches of images of equal size, as (keys, pixels (B, C, h, w)).
+
+    A batch is given out when it holds ``capacity(height, width)`` images, or when the images of
+    other sizes that wait would together fill four batches.
+    """
+    waiting: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+
+    def filled(shape: torch.Size) -> float:
+        return len(waiting[shape]) / capacity(*shape[1:])
+
+    for key, image in images:
+        waiting.setdefault(image.shape, []).append((key, image))
+        if filled(image.shape) >= 1:
+            yield _stacked(waiting.pop(image.shape))
+        elif sum(map(filled, waiting)) >= _WAITING_BATCHES:
+            yield _stacked(waiting.pop(max(waiting, key=filled)))
+    for group in waiting.values():
+        yield _stacked(group)
+
+
+def all_usable(
+    loaded: Iterable[LoadedBatch], images: Sequence[ImageLike]
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """The groups of loaded batches; BrokenImageError for the first image that was left out."""
+    for groups, left_out in loaded:
+        for index, reason in left_out:
+            is_file = isinstance(images[index], (str, os.PathLike))
+            raise BrokenImageError(str(images[index]) if is_file else f"image {index}", reason)
+        yield from groups
+
+
+def _stacked(group: list[tuple[int, Tensor]]) -> tuple[tuple[int, ...], Tensor]:
+    keys, images = zip(*group)
+    dtype = torch.uint8 if all(i.dtype == torch.uint8 for i in images) else torch.float32
+    return keys, torch.stack([image.to(dtype) for image in images])
 
 
 class _PreparedImages(Dataset):
