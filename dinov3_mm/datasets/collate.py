@@ -84,7 +84,10 @@ class MultiCropCollate:
         positions = np.array([sample["position"] for sample in samples], np.int64)
         micro_iteration, first = divmod(int(positions[0]), self.micro_batch_size)
         count = len(samples)
-        if (np.diff(positions) != 1).any() or first + count > self.micro_batch_size:
+        size = self.micro_batch_size
+        # The last ranks of an uneven micro batch go on with its first images.
+        follows = (np.diff(positions % size) % size == 1).all() or size == 1
+        if not follows or (positions // size != micro_iteration).any():
             raise ValueError(
                 "a batch must hold consecutive positions of one micro batch of "
                 f"{self.micro_batch_size}, got {positions.tolist()}"

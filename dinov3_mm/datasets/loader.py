@@ -62,6 +62,7 @@ def build_pretrain_dataloader(
     *,
     global_batch_size: int,
     accumulate: int = 1,
+    surplus: bool = False,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -80,6 +81,7 @@ def build_pretrain_dataloader(
             ``prefetch_factor``.
         global_batch_size (int): Images per optimizer step over all ranks.
         accumulate (int): Micro batches per optimizer step.
+        surplus (bool): See :class:`~dinov3_mm.datasets.samplers.BatchLayout`.
         seed (int): Seed of the run.
         rank (int): This process.
         world_size (int): Number of processes.
@@ -102,6 +104,7 @@ def build_pretrain_dataloader(
         rank,
         world_size,
         accumulate=accumulate,
+        surplus=surplus,
         start_iter=start_iter,
         max_iters=max_iters,
     )

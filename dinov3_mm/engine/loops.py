@@ -32,6 +32,8 @@ class PretrainLoop(BaseLoop):
         max_iters (int): Optimizer steps of the whole run.
         global_batch_size (int): Images of one optimizer step, over all processes.
         accumulate (int): Micro batches per step. Sinkhorn-Knopp and KoLeo see one micro batch.
+        surplus (bool): Allow a batch that the processes do not divide; each then reads one image
+            more than its share, and the surplus is dropped. For students in rank groups.
 
     Raises:
         ValueError: If a count is not a positive integer or the batch cannot be divided.
@@ -45,14 +47,16 @@ class PretrainLoop(BaseLoop):
         max_iters: int,
         global_batch_size: int,
         accumulate: int = 1,
+        surplus: bool = False,
     ) -> None:
         if not isinstance(max_iters, int) or max_iters < 1:
             raise ValueError(f"max_iters must be an integer >= 1, got {max_iters!r}")
-        self.layout = BatchLayout(global_batch_size, runner.world_size, accumulate)
+        self.layout = BatchLayout(global_batch_size, runner.world_size, accumulate, surplus=surplus)
         loader = build_pretrain_dataloader(
             dataloader,
             global_batch_size=global_batch_size,
             accumulate=accumulate,
+            surplus=surplus,
             seed=runner.seed,
             rank=runner.rank,
             world_size=runner.world_size,
@@ -98,8 +102,7 @@ class PretrainLoop(BaseLoop):
         # The loader was built before the checkpoint was read, and the optimizer wrapper was told of
         # optimizer steps, while it counts micro batches.
         self.dataloader.batch_sampler.start_iter = self._iter
-        # Students in rank groups: the masks are for the images that the rank will be given.
-        self.dataloader.collate_fn.mask_share = getattr(runner.model, "mask_share", None)
+        self._share_masks()
         micro_batches = (count * self.layout.accumulate for count in (self._iter, self._max_iters))
         runner.optim_wrapper.initialize_count_status(runner.model, *micro_batches)
         batches = iter(self.dataloader)
@@ -113,6 +116,17 @@ class PretrainLoop(BaseLoop):
         model, data = self.runner.model, self.dataloader.dataset
         model = model.module if is_model_wrapper(model) else model
         check_channels(model, data.num_channels, type(data.source).__name__)
+
+    def _share_masks(self) -> None:
+        """For students in rank groups: masks for the images that this rank will be given."""
+        model, layout = self.runner.model, self.layout
+        share = model.share_of(layout.micro_batch_size) if hasattr(model, "share_of") else None
+        self.dataloader.collate_fn.mask_share = share
+        if share is None and layout.micro_batch_size % layout.world_size:
+            raise ValueError(
+                "surplus=True is for students in rank groups, where surplus images are dropped; "
+                f"use a global batch that {layout.world_size} processes divide"
+            )
 
     def _run_step(self, batches: Iterator[dict]) -> None:
         runner, index = self.runner, self._iter

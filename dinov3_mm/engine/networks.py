@@ -9,7 +9,10 @@ NETWORKS = ("student", "teacher", "gram_teacher", "distillation_teacher")
 
 
 def networks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every network of the algorithm that is there."""
+    """Name and module of every network of the algorithm that is there, its students' included."""
+    for student, algorithm in getattr(model, "students", {}).items():
+        for name, network in networks_of(algorithm):
+            yield f"students.{student}.{name}", network
     for name in NETWORKS:
         network = getattr(model, name, None)
         if isinstance(network, nn.Module):

@@ -143,7 +143,8 @@ def _check_batch(cfg: Mapping, world_size: int) -> Iterator[str]:
     accumulate = train_cfg.get("accumulate", 1)
     try:
         if train_cfg["global_batch_size"] != "auto":
-            BatchLayout(train_cfg["global_batch_size"], world_size, accumulate)
+            surplus = train_cfg.get("surplus", False)
+            BatchLayout(train_cfg["global_batch_size"], world_size, accumulate, surplus=surplus)
     except ValueError as error:
         yield f"train_cfg: {error}"
     counts = cfg["optim_wrapper"].get("accumulative_counts", 1)

@@ -4,12 +4,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from mmengine.dist import barrier, is_main_process
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import STRATEGIES
 from torch import nn
 
+from dinov3_mm.datasets.randomness import torch_seed
 from dinov3_mm.engine.runner.sharded_state import finish, partial_folder
 from dinov3_mm.engine.runner.training_state import (
     STATE_FILE,
@@ -17,7 +19,12 @@ from dinov3_mm.engine.runner.training_state import (
     read_training_state,
     write_training_state,
 )
-from dinov3_mm.engine.strategy import PretrainStrategy, training_device
+from dinov3_mm.engine.strategy import (
+    BEFORE_THE_FIRST_STEP,
+    DDP_SETTINGS,
+    PretrainStrategy,
+    training_device,
+)
 from dinov3_mm.models.pretraining.groups import group_as_world
 
 STUDENTS = "students"
@@ -46,6 +53,12 @@ class MultiDistillationStrategy(PretrainStrategy):
         super().__init__(**kwargs)
         self.model_wrapper = model_wrapper
 
+    def _init_model_weights(self, model: nn.Module) -> nn.Module:
+        # The same values on every rank without a broadcast: ranks hold different students.
+        torch.manual_seed(torch_seed(self.seed, BEFORE_THE_FIRST_STEP))
+        model.init_weights()
+        return model
+
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         if not hasattr(model, "students"):
             raise ValueError(
@@ -53,15 +66,14 @@ class MultiDistillationStrategy(PretrainStrategy):
             )
         model.form_groups()
         device = training_device()
-        model.to(device)
+        self._accelerated(model).to(device)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            settings = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
             for name, student in list(model.students.items()):
                 with group_as_world(model.groups[name]):
                     model.students[name] = MMDistributedDataParallel(
                         module=student,
                         device_ids=None if device.type == "cpu" else [device.index],
-                        **{**settings, **(self.model_wrapper or {})},
+                        **{**DDP_SETTINGS, **(self.model_wrapper or {})},
                     )
         for name in model.student_names:
             ranks = model.placement[name].ranks

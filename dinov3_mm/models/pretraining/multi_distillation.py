@@ -116,11 +116,22 @@ class MultiDistillation(BaseModel):
         """The frozen teacher's backbone."""
         return self.distillation_teacher["backbone"]
 
-    @property
-    def mask_share(self) -> tuple[int, int] | None:
-        """Position and number of ranks of this rank's group: whose images its masks are for."""
+    def share_of(self, batch_size: int) -> tuple[int, int] | None:
+        """Which part of a batch this rank's student is given: index, and number of parts.
+
+        None where students are not in groups.
+
+        Raises:
+            ValueError: a group whose ranks do not divide the batch.
+        """
         if not self.is_grouped:
             return None
+        for name, place in self.placement.items():
+            if batch_size % len(place.ranks):
+                raise ValueError(
+                    f"student {name!r} has {len(place.ranks)} ranks, which do not divide the "
+                    f"batch of {batch_size} images"
+                )
         place = self._own_place()
         return place.index, len(place.ranks)
 
@@ -195,7 +206,8 @@ class MultiDistillation(BaseModel):
                     crops, scale, masks["masks"].shape[1], None if self.is_grouped else masks
                 )
             if self.is_grouped:
-                cls, patches = (self._share(x, NUM_GLOBAL_CROPS) for x in (cls, patches))
+                length = self._batch_size(masks)
+                cls, patches = (self._share(x, NUM_GLOBAL_CROPS, length) for x in (cls, patches))
                 patches = patches.flatten(0, 1).index_select(0, masks["mask_indices"])
             features[stride] = TeacherFeatures(cls, patches, self.distillation_teacher)
         return features
@@ -205,14 +217,18 @@ class MultiDistillation(BaseModel):
         if not self.is_grouped:
             return crops
         num_local = len(crops["local_crops"]) * NUM_GLOBAL_CROPS // len(crops["global_crops"])
+        length = self._batch_size(_masks(data, min(self.strides.values())))
         return {
-            "global_crops": self._share(crops["global_crops"], NUM_GLOBAL_CROPS),
-            "local_crops": self._share(crops["local_crops"], num_local),
+            "global_crops": self._share(crops["global_crops"], NUM_GLOBAL_CROPS, length),
+            "local_crops": self._share(crops["local_crops"], num_local, length),
         }
 
-    def _share(self, rows: Tensor, num_crops: int) -> Tensor:
+    def _batch_size(self, masks: Mapping) -> int:
+        """Images of all ranks, without surplus: the masks are those of this rank's part."""
+        return len(masks["masks"]) // NUM_GLOBAL_CROPS * len(self._own_place().ranks)
+
+    def _share(self, rows: Tensor, num_crops: int, length: int) -> Tensor:
         place = self._own_place()
-        length = len(rows) // num_crops * dist.get_world_size()
         return share_crops(rows, num_crops, length, index=place.index, size=len(place.ranks))
 
 
