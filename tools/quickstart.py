@@ -76,19 +76,24 @@ def hook_index(cfg: Config, kind: str) -> int:
     return [hook["type"] for hook in cfg.custom_hooks].index(kind)
 
 
-def train(stage: str, args: argparse.Namespace, options: dict[str, str]) -> Path:
-    """Run one stage in a process of its own, resuming what an interrupted run left behind."""
+def train(stage: str, args: argparse.Namespace, *, earlier: Path | None = None) -> Path:
+    """Run one stage in a process of its own, resuming what an interrupted run left behind.
+
+    ``earlier`` is the work folder of the stage that it goes on from.
+    """
     work_dir = Path(args.out) / stage
+    options = {}
     if args.images:
         hook = hook_index(Config.fromfile(stage_config(stage, args)), "RetrievalEvalHook")
         options = {
             "train_dataloader.source.root": args.images,
             f"custom_hooks.{hook}.source.source.root": args.images,
-            **options,
         }
     command = ["bash", str(ROOT / "tools/dist_train.sh"), str(stage_config(stage, args))]
     command += [str(num_processes()), "--work-dir", str(work_dir)]
     command += ["--seed", str(args.seed), "--resume"]
+    if earlier is not None:
+        command += ["--from-stage", str(earlier)]
     if options:
         command += ["--cfg-options", *[f"{key}={value}" for key, value in options.items()]]
     console.rule(f"stage: {stage}")
@@ -196,12 +201,8 @@ def main() -> None:
     if args.restart and out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    first = train("pretrain", args, {})
-    checkpoint = sorted((first / "checkpoints").glob("iter_*.pth"))[-1]
-    teacher = first / "exports/teacher_latest.safetensors"
-    second = train(
-        "gram", args, {"load_from": str(checkpoint), "custom_hooks.2.checkpoint": str(teacher)}
-    )
+    first = train("pretrain", args)
+    second = train("gram", args, earlier=first)
     weights = out / "dinov3_backbone.safetensors"
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(second / f"exports/teacher_latest{suffix}", weights.with_suffix(suffix))

@@ -1,8 +1,9 @@
 # Stage 2 on SyntheticScenes: the same losses plus Gram anchoring to the teacher of stage 1, which sees the crops at
-# 1.5 times the resolution. Give the end of stage 1 on the command line (tools/quickstart.py does):
-#   python tools/train.py configs/quickstart/scenes_gram.py --cfg-options \
-#       load_from=WORK_DIR/checkpoints/iter_N.pth custom_hooks.2.checkpoint=WORK_DIR/exports/teacher_latest.safetensors
+# 1.5 times the resolution. Give the work folder of stage 1 on the command line (tools/quickstart.py does):
+#   python tools/train.py configs/quickstart/scenes_gram.py --from-stage work_dirs/scenes_pretrain
 _base_ = ['./scenes_pretrain.py']
+
+stage = dict(kind='gram_anchor')
 
 max_iters = 100
 train_cfg = dict(max_iters=max_iters)
