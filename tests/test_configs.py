@@ -30,7 +30,8 @@ SCHEDULES = {"lr", "weight_decay", "momentum", "teacher_temp", "dino_local_weigh
 def build(cfg: Config):
     """The model: initialised where it is small."""
     model_cfg = copy.deepcopy(cfg.model)
-    model_cfg.backbone.init_cfg = None  # the weights are not here
+    if "backbone" in model_cfg:
+        model_cfg.backbone.init_cfg = None  # the weights are not here
     with torch.device("meta"):
         model = MODELS.build(model_cfg)
     if sum(param.numel() for param in model.parameters()) <= LARGEST_WITH_STORAGE:
@@ -48,7 +49,7 @@ def check_schedules(hook: dict, total_iters: int):
 
 
 def test_there_are_configs():
-    assert len(PRETRAINING) >= 36
+    assert len(PRETRAINING) >= 47
 
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -59,14 +60,20 @@ def test_config_is_valid_and_builds(path):
     resolve_auto(cfg, world_size=2, data=DataFacts(num_images=50_000, num_train=48_000, every=25))
     check_config(cfg, world_size=2)
     model = build(cfg)
-    hooks = {type(HOOKS.build(hook)).__name__ for hook in cfg.custom_hooks}
+    hook_cfgs = [hook.get("hook", hook) for hook in cfg.custom_hooks]
+    hooks = {HOOKS.build(hook) and plain.type for hook, plain in zip(cfg.custom_hooks, hook_cfgs)}
     assert {"OptimScheduleHook", "TeacherEMAHook", "DiagnosisHook"} <= hooks
-    assert ("GramAnchorHook" in hooks) == (model.gram is not None)
-    stride = model.student.backbone.token_stride
-    assert stride == token_stride_of(cfg) == cfg.train_dataloader.masking.patch_size
+    assert ("DistillationHook" in hooks) == hasattr(model, "distillation_teacher")
+    models = list(getattr(model, "students", {"": model}).values())
+    strides = sorted({each.student.backbone.token_stride for each in models})
+    patches = cfg.train_dataloader.masking.patch_size
+    assert token_stride_of(cfg) == patches == (strides if len(strides) > 1 else strides[0])
+    for each in models:
+        assert ("GramAnchorHook" in hooks) == (each.gram is not None)
     for sizes in TRANSFORMS.build(cfg.train_dataloader.transform).variants:
         assert ("GramAnchorHook" in hooks) == (sizes.gram_size is not None)
-        check_sizes(sizes, stride)
-    for hook in cfg.custom_hooks:
+        for stride in strides:
+            check_sizes(sizes, stride)
+    for hook in hook_cfgs:
         check_schedules(hook, cfg.train_cfg.max_iters)
     assert STRATEGIES.get(cfg.strategy.type) is not None

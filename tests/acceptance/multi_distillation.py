@@ -122,8 +122,9 @@ def three_kinds(folder: Path, teacher: Path, iters: int, **changes: object) -> d
         scores[name] = {"start": knn[0]["cls_top1_k10"], "end": knn[-1]["cls_top1_k10"]}
         path = latest_export_path(cfg.work_dir, name)
         images = torch.rand(2, 3, 64, 64)
-        if name == "resnet":
-            network = timm.create_model("resnet18", num_classes=0)
+        backbone = cfg.model.students[name].backbone
+        if backbone.type == "TimmBackbone":
+            network = timm.create_model(backbone.name, num_classes=0)
             network.load_state_dict(load_file(path), strict=True)
             features = network.eval().forward_features(images)
         else:

@@ -1,0 +1,5 @@
+# Distil a ViT-7B into ViT-B/16:
+#   bash tools/dist_train.sh configs/dinov3/distill_vitb16.py GPUS --data DIR --teacher FILE
+_base_ = ['../_base_/distill_vit.py']
+
+model = dict(backbone=dict(arch='base'))
