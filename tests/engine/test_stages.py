@@ -15,6 +15,7 @@ from dinov3_mm.engine.runner.files import (
     list_checkpoints,
 )
 from dinov3_mm.engine.runner.training_state import read_training_state
+from dinov3_mm.engine.stages import stored_shapes
 from tests.integration.toy_run import toy_config, train, write_images
 from tests.integration.traces import read_trace
 from tools.train import main
@@ -140,6 +141,25 @@ def test_three_stages_and_an_interruption(images, pretrained, tmp_path):
     third.custom_hooks = hooks
     train(third, tmp_path, *arguments)
     assert list(list_checkpoints(tmp_path / "third")) == [2, 4]
+
+
+def test_stages_in_shards(images, pretrained, tmp_path):
+    """Checkpoints of FSDP2 are folders; a stage starts from them, and from those of others."""
+    for number, (make, earlier) in enumerate(
+        ((gram_stage, pretrained), (high_res_stage, tmp_path / "0"), (high_res_stage, pretrained))
+    ):
+        cfg = make(images, tmp_path / str(number))
+        cfg.strategy = dict(type="FSDP2Strategy")
+        train(cfg, tmp_path, "--from-stage", str(earlier))
+    (folder,) = list_checkpoints(tmp_path / "0").values()
+    assert folder.is_dir()
+    shapes = stored_shapes(folder)
+    assert shapes["teacher.dino_head.last_layer.weight"] == (24, 16)
+    assert "gram_teacher.ready" in shapes
+    train(gram_stage(images, tmp_path / "own"), tmp_path, "--from-stage", str(pretrained))
+    losses = [read_trace(tmp_path / name) for name in ("0", "own")]
+    for step in (1, 2):
+        assert losses[0][step]["loss"] == pytest.approx(losses[1][step]["loss"], rel=1e-5)
 
 
 def test_resuming_keeps_the_heads(images, pretrained, tmp_path):
