@@ -37,7 +37,6 @@ strategy = dict(
     reduce_dtype='fp32',
     compile_blocks=True,
     fp8_filter='blocks',
-    save_in_background=True,
 )
 
 # Paper (section 3.1): 10 % of the batches from ImageNet-1k alone, 90 % mixed from everything else; of the mixture it names the

@@ -87,10 +87,16 @@ def backbone_facts(backbone_cfg: Mapping) -> BackboneFacts:
 
 
 def tokens_per_image(transform: Mapping, token_stride: int) -> int:
-    """Tokens of the student for one image: two global crops and the local ones."""
-    sizes = {"global_size": 224, "local_size": 96, "num_local": 8, **transform}
-    in_global, in_local = ((sizes[f"{k}_size"] // token_stride) ** 2 for k in ("global", "local"))
-    return 2 * in_global + sizes["num_local"] * in_local
+    """Tokens of the student for one image: two global crops and the local ones.
+
+    Of several sets of sizes, those of the largest.
+    """
+    counts = []
+    for given in transform.get("size_sets") or [{}]:
+        sizes = {"global_size": 224, "local_size": 96, "num_local": 8, **transform, **given}
+        sides = [sizes[f"{kind}_size"] // token_stride for kind in ("global", "local")]
+        counts.append(2 * sides[0] ** 2 + sizes["num_local"] * sides[1] ** 2)
+    return max(counts)
 
 
 def gpu_gib() -> float | None:

@@ -7,7 +7,7 @@ from mmengine.config import Config
 
 from dinov3_mm.engine import ConfigError
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
-from dinov3_mm.engine.autoscale.facts import auto_places, data_facts
+from dinov3_mm.engine.autoscale.facts import auto_places, data_facts, tokens_per_image
 from dinov3_mm.engine.config import fill_defaults
 from tests.integration.toy_run import REPOSITORY, write_images
 
@@ -133,3 +133,10 @@ def test_a_missing_folder_is_a_finding(tmp_path):
         ConfigError, match=r"train_dataloader.source: image folder .*does not exist"
     ):
         data_facts(source)
+
+
+def test_tokens_of_an_image_are_those_of_its_largest_set_of_sizes():
+    assert tokens_per_image({}, 16) == 2 * 14**2 + 8 * 6**2
+    sets = [dict(global_size=512, local_size=112), dict(global_size=768, local_size=168)]
+    # 168 px are ten patches and a half
+    assert tokens_per_image(dict(size_sets=sets, num_local=6), 16) == 2 * 48**2 + 6 * 10**2
