@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = load_config(args)
     build_runner(cfg, notes=settle_stage(cfg, args)).train()
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -1,13 +1,18 @@
-"""A hook that kills its own process in the worst moment: half-way through a checkpoint file."""
+"""Hooks that kill their own process in the worst moment, and one that records what was seen."""
 
 import io
+import json
 import os
 import signal
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+
+from dinov3_mm.checkpoints import export
+from dinov3_mm.engine.runner import sharded_state
 
 
 @HOOKS.register_module()
@@ -37,3 +42,50 @@ def _write_half_and_die(save):
         os.kill(os.getpid(), signal.SIGKILL)
 
     return write
+
+
+@HOOKS.register_module()
+class KillShardedSaveHook(Hook):
+    """SIGKILL of one rank inside a sharded checkpoint, or of the first inside the export.
+
+    Args:
+        iteration: of the checkpoint.
+        where: ``'shards'``: the other ranks are writing theirs; ``'export'``: half of the file is
+            on disk.
+    """
+
+    def __init__(self, iteration: int, where: str) -> None:
+        self.iteration = iteration
+        self.where = where
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Replace the writer of this one checkpoint or export."""
+        flag = Path(runner.work_dir) / f"killed_{self.where}_{self.iteration}_{runner.rank}"
+        if runner.iter + 1 != self.iteration or flag.exists():
+            return
+        flag.touch()
+        if self.where == "shards" and runner.rank == runner.world_size - 1:
+            sharded_state.dcp.save = _die
+        if self.where == "export" and runner.rank == 0:
+            export.save_file = _write_half_of_a_safetensors_and_die
+
+
+def _write_half_of_a_safetensors_and_die(tensors: dict, path: Path, **_) -> None:
+    content = safetensors.torch.save(tensors)
+    Path(path).write_bytes(content[: len(content) // 2])
+    _die()
+
+
+def _die(*_, **__) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@HOOKS.register_module()
+class RecordPositionsHook(Hook):
+    """Writes which samples each rank saw in each iteration: ``positions_<rank>.jsonl``."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Append one line."""
+        record = {"iteration": runner.iter, "positions": data_batch["positions"].tolist()}
+        with open(Path(runner.work_dir) / f"positions_{runner.rank}.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
+from dinov3_mm.checkpoints.distributed_folder import SafeReader, read_index
 from dinov3_mm.engine.runner.files import checkpoint_path
 from dinov3_mm.engine.runner.training_state import read_training_state
 
@@ -22,6 +24,16 @@ def read_trace(work_dir: Path) -> dict[int, dict[str, float]]:
             metrics = {name: value for name, value in record.items() if name not in CLOCKS}
             trace.setdefault(step, {}).update(metrics)
     return trace
+
+
+def read_shards(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a sharded checkpoint, model and optimizer."""
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in read_index(folder).state_dict_metadata.items()
+    }
+    dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
+    return tensors
 
 
 def different_tensors(first: Path, second: Path, iteration: int) -> list[str]:
