@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from mmengine.config import Config
+from mmengine.runner import find_latest_checkpoint as find_mmengine_checkpoint
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
 from dinov3_mm.engine import (
@@ -96,11 +97,20 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.seed is not None:
         cfg.randomness = {**(cfg.get("randomness") or {}), "seed": args.seed}
     if args.resume is not None:
-        newest = args.resume == NEWEST
-        checkpoint = find_latest_checkpoint(cfg.work_dir) if newest else args.resume
-        if checkpoint is not None:
-            cfg.resume, cfg.load_from = str(checkpoint), None
+        set_resume(cfg, None if args.resume == NEWEST else args.resume)
     return cfg
+
+
+def set_resume(cfg: Config, checkpoint: str | None) -> None:
+    """Go on from a checkpoint, by default from the newest one of the work folder if it has one."""
+    if cfg.get("runner_type") != "FlexibleRunner":  # MMEngine's runner has files of its own
+        checkpoint = checkpoint or find_mmengine_checkpoint(cfg.work_dir)
+        if checkpoint is not None:
+            cfg.resume, cfg.load_from = True, str(checkpoint)
+        return
+    checkpoint = checkpoint or find_latest_checkpoint(cfg.work_dir)
+    if checkpoint is not None:
+        cfg.resume, cfg.load_from = str(checkpoint), None
 
 
 def settle_stage(cfg: Config, args: argparse.Namespace) -> list[str]:
