@@ -1,6 +1,7 @@
 """Image files to 8-bit arrays, and one error for whatever can be wrong with a file."""
 
 import io
+import re
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ from dinov3_mm.datasets.sources.decode_tiff import TIFF_STARTS
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
+_OBJECT = re.compile(r" <_io\.\w+ [^>]*>")
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _JPEG_PADDING = 64
@@ -92,7 +94,8 @@ def read_image_size(path: str) -> tuple[int, int]:
 
 
 def _reason(error: Exception, start: bytes) -> str:
-    reason = f"{type(error).__name__}: {error}"
+    # PIL names the object it read from, with an address that differs in every run.
+    reason = _OBJECT.sub("", f"{type(error).__name__}: {error}")
     if isinstance(error, UnidentifiedImageError) and start in TIFF_STARTS:
         reason += "; TIFF files of several bands or of 16-bit colours need color='unchanged'"
     return reason

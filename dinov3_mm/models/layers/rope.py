@@ -9,6 +9,8 @@ RopeTables = tuple[Tensor, Tensor]  # sine and cosine
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NORMALIZATIONS = ("separate", "min", "max")
+# Tables of this many image sizes are kept; images of thousands of sizes would fill the memory.
+_KEPT_GRIDS = 32
 
 
 class RotaryEmbedding2D(nn.Module):
@@ -127,6 +129,8 @@ class RotaryEmbedding2D(nn.Module):
             self._cache.clear()
             self._cache_source = source
         if (height, width) not in self._cache:
+            if len(self._cache) >= _KEPT_GRIDS:
+                del self._cache[next(iter(self._cache))]
             # Tables made under inference mode could not be saved for a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
                 self._cache[height, width] = self._tables(self._coordinates(height, width))

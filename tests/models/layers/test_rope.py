@@ -112,3 +112,11 @@ def test_augmentation_is_off_without_request():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         RotaryEmbedding2D(**arguments)
+
+
+def test_tables_of_few_image_sizes_are_kept():
+    rope = RotaryEmbedding2D(16)
+    for side in range(1, 100):
+        rope(side, 2)
+    assert len(rope._cache) == 32
+    assert (99, 2) in rope._cache
