@@ -1,6 +1,7 @@
 """Train a config: ``python tools/train.py CONFIG [--resume] [--cfg-options key=value ...]``.
 
 One process by default; ``tools/dist_train.sh`` and ``tools/slurm_train.sh`` start several.
+``--dry-run --world-size N`` checks a pretraining config without data, weights or GPU.
 """
 
 import argparse
@@ -80,6 +81,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="override config values, e.g. train_cfg.max_iters=100 custom_hooks.0.interval=10",
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
+    dry = parser.add_argument_group("dry run")
+    dry.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the config and run a step without data, weights and GPU; print shapes, memory, "
+        "schedules and collectives",
+    )
+    dry.add_argument("--world-size", type=int, default=1, metavar="N", help="processes to imitate")
+    dry.add_argument(
+        "--num-images",
+        type=int,
+        metavar="N",
+        help="size of the data set, for configs with values 'auto' and without --data",
+    )
+    dry.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="memory of a GPU, for a batch 'auto'"
+    )
     return parser.parse_args(argv)
 
 
@@ -125,8 +143,26 @@ def settle_stage(cfg: Config, args: argparse.Namespace) -> list[str]:
     return start_from_stage(cfg, args.from_stage, gram_iter=args.gram_iter)
 
 
+def try_out(args: argparse.Namespace) -> None:
+    """Dry run of the config."""
+    from dinov3_mm.engine.dry_run import dry_run, print_report
+
+    if args.launcher != "none":
+        raise ConfigError("--dry-run is one process; give --world-size N instead of a launcher")
+    report = dry_run(
+        load_config(args),
+        args.world_size,
+        num_images=args.num_images,
+        memory_gib=args.gpu_memory,
+    )
+    print_report(report)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.dry_run:
+        try_out(args)
+        return
     start_processes(args.launcher)
     cfg = load_config(args)
     build_runner(cfg, notes=settle_stage(cfg, args)).train()

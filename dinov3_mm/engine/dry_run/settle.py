@@ -1,0 +1,91 @@
+"""A config that is complete and checked, without looking at data or weights."""
+
+from mmengine.config import Config
+
+from dinov3_mm.engine.autoscale import DataFacts, resolve_auto
+from dinov3_mm.engine.autoscale.facts import auto_places
+from dinov3_mm.engine.autoscale.rules import held_out_every
+from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
+from dinov3_mm.evaluation.held_out import HeldOutSplit
+
+SINGLE = "PretrainStrategy"
+DDP = "PretrainDDPStrategy"
+FSDP2 = "FSDP2Strategy"
+STRATEGIES = (SINGLE, DDP, FSDP2)
+
+
+def needs_process_group(cfg: Config, world_size: int) -> bool:
+    """Whether a run of this config on so many ranks has a process group."""
+    return world_size > 1 or strategy_name(cfg) == FSDP2
+
+
+def strategy_name(cfg: Config) -> str:
+    """Name of the strategy of a config.
+
+    Raises:
+        ConfigError: one that a dry run does not know.
+    """
+    kind = (cfg.get("strategy") or {}).get("type", SINGLE)
+    name = kind if isinstance(kind, str) else kind.__name__
+    if name not in STRATEGIES:
+        raise ConfigError(
+            f"strategy: a dry run knows {', '.join(STRATEGIES)}, not {name!r}; of a distillation "
+            "into several students try the configs of the students"
+        )
+    return name
+
+
+def settle_config(
+    cfg: Config,
+    world_size: int,
+    *,
+    num_images: int | None = None,
+    memory_gib: float | None = None,
+) -> list[str]:
+    """Complete and check a pretraining config in place, as a run on ``world_size`` ranks would.
+
+    Must run inside of the process group of that size, if there is one.
+
+    Args:
+        cfg: a pretraining config.
+        world_size: number of ranks.
+        num_images: size of the data set, for values 'auto'; None counts the config's own source.
+        memory_gib: memory of a GPU, for values 'auto'.
+
+    Returns:
+        How the values 'auto' were derived.
+
+    Raises:
+        ConfigError: not a pretraining config, or one that this number of ranks cannot train.
+    """
+    if cfg.get("runner_type") != "FlexibleRunner":
+        raise ConfigError(
+            "a dry run is for pretraining configs (runner_type='FlexibleRunner'); "
+            f"this one has runner_type={cfg.get('runner_type')!r}"
+        )
+    fill_defaults(cfg)
+    check_config(cfg, world_size=world_size)
+    lines = _derive(cfg, world_size, num_images, memory_gib)
+    check_config(cfg, world_size=world_size)
+    return lines
+
+
+def _derive(
+    cfg: Config, world_size: int, num_images: int | None, memory_gib: float | None
+) -> list[str]:
+    if not auto_places(cfg):
+        return []
+    data = None if num_images is None else DataFacts(num_images, num_images, None)
+    source = cfg.train_dataloader.get("source", {})
+    if num_images is not None and source.get("type") in ("HeldOutSplit", HeldOutSplit):
+        every = held_out_every(num_images).value
+        data = DataFacts(num_images, num_images - num_images // every, every)
+    try:
+        return resolve_auto(cfg, world_size=world_size, data=data, memory_gib=memory_gib)
+    except ConfigError as error:
+        if num_images is not None:
+            raise
+        raise ConfigError(
+            f"{error}\nvalues 'auto' follow from the number of images: give --num-images N or "
+            "--data DIR"
+        ) from error

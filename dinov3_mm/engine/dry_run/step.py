@@ -1,0 +1,135 @@
+"""One whole training step on fake tensors, watched."""
+
+from dataclasses import dataclass
+
+import torch
+from mmengine.config import Config
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._pytree import tree_leaves
+
+from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.engine.networks import networks_of
+from dinov3_mm.engine.optim import PretrainOptimWrapper
+
+from .batches import CropSet, describe_batch, make_batch
+from .collectives import Collective, CollectiveLog
+from .memory import BATCH, GRADIENTS, OPTIMIZER, MemoryLedger, Peak
+from .model import algorithm_of
+from .schedules import Schedules
+
+# Kind of memory by network.
+NETWORK_KINDS = {
+    "student": "parameters (student)",
+    "teacher": "EMA teacher",
+    "gram_teacher": "Gram teacher",
+    "distillation_teacher": "distillation teacher",
+}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step of one set of crop sizes takes.
+
+    Attributes:
+        crops: the crop sizes.
+        batch: name, shape and dtype of the tensors of a rank's micro batch.
+        peak: fullest moment of the step.
+        resident: bytes by kind between two steps.
+        collectives: kind, calls and bytes, the largest first.
+    """
+
+    crops: CropSet
+    batch: list[tuple[str, str, str]]
+    peak: Peak
+    resident: dict[str, int]
+    collectives: list[tuple[Collective, int, int]]
+
+
+class UnpredictableStepError(RuntimeError):
+    """A step whose shapes or branches depend on values."""
+
+
+def run_step(
+    model: nn.Module,
+    optim_wrapper: PretrainOptimWrapper,
+    cfg: Config,
+    crops: CropSet,
+    schedules: Schedules,
+    ledger: MemoryLedger,
+    *,
+    channels: int,
+) -> StepRecord:
+    """Run forward, backward, clipping, optimizer and EMA of the last iteration.
+
+    Args:
+        model: wrapped algorithm.
+        optim_wrapper: its optimizer.
+        cfg: completed config.
+        crops: sizes of the step.
+        schedules: give the step its values.
+        ledger: has booked model and optimizer, and is active.
+        channels: of the images.
+
+    Raises:
+        ConfigError: The model refuses the batch.
+        UnpredictableStepError: The step reads a value.
+    """
+    algorithm, log = algorithm_of(model), CollectiveLog()
+    last = schedules.max_iters - 1
+    algorithm.set_step(**{name: schedules.values[name](last) for name in schedules.step_values})
+    accumulate = cfg.train_cfg.get("accumulate", 1)
+    take_step = optim_wrapper.step
+
+    def step(**kwargs) -> None:
+        _enter_optimizer(ledger, log, optim_wrapper)
+        take_step(**kwargs)
+
+    optim_wrapper.step = step
+    start = len(ledger.events)
+    batch = make_batch(cfg, crops, channels)
+    ledger.tell(BATCH, tree_leaves(batch))
+    try:
+        with log:
+            model.train()
+            for index in range(accumulate):
+                ledger.phase = log.phase = (
+                    f"forward pass {index + 1}" if accumulate > 1 else "forward pass"
+                )
+                model.train_step(batch, optim_wrapper)
+            ledger.phase = log.phase = "EMA update"
+            momentum = schedules.values["momentum"](last)
+            # As TeacherEMAHook does on a GPU.
+            algorithm.update_teacher(torch.where(optim_wrapper.step_skipped, 1.0, momentum))
+    except DataDependentOutputException as error:
+        raise UnpredictableStepError(
+            f"the step reads a value of a tensor ({error.func}), which would also make the host "
+            "wait for the GPU in each iteration; decide on the device instead"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"crops {crops}: {error}") from error
+    finally:
+        del optim_wrapper.step
+    shapes = describe_batch(batch)
+    peak = ledger.peak(start)
+    del batch
+    return StepRecord(crops, shapes, peak, ledger.by_kind(), log.rows())
+
+
+def tell_state(
+    ledger: MemoryLedger, algorithm: nn.Module, optim_wrapper: PretrainOptimWrapper
+) -> None:
+    """Book parameters by network, buffers and the state of the optimizer."""
+    ledger.tell("buffers", algorithm.buffers())
+    for name, network in networks_of(algorithm):
+        ledger.tell(NETWORK_KINDS[name.rsplit(".", 1)[-1]], network.parameters())
+    for state in optim_wrapper.optimizer.state.values():
+        ledger.tell(OPTIMIZER, state.values())
+
+
+def _enter_optimizer(
+    ledger: MemoryLedger, log: CollectiveLog, optim_wrapper: PretrainOptimWrapper
+) -> None:
+    groups = optim_wrapper.param_groups
+    ledger.tell(GRADIENTS, (param.grad for group in groups for param in group["params"]))
+    ledger.phase = log.phase = "optimizer step"
