@@ -41,10 +41,10 @@ def with_koleo(cfg: Config, distributed: bool) -> Config:
     return cfg
 
 
-def run_ranks(cfg: Config, folder: Path, name: str, ranks: int) -> None:
+def run_ranks(cfg: Config, folder: Path, name: str, ranks: int, *arguments: str) -> None:
     """Train on gloo ranks that ``tools/dist_train.sh`` starts."""
     cfg.dump(folder / f"{name}.py")
-    run = start_training(folder / f"{name}.py", ranks=ranks)
+    run = start_training(folder / f"{name}.py", *arguments, ranks=ranks)
     output, _ = run.communicate()
     if run.returncode:
         raise RuntimeError(output[-6000:])
@@ -87,12 +87,26 @@ def compare(alone: Path, multi: Path, name: str, iters: int) -> Difference:
 
 
 def grouped_against_single(
-    folder: Path, images: Path, teacher: Path, iters: int, distributed_koleo: bool
+    folder: Path,
+    images: Path,
+    teacher: Path,
+    iters: int,
+    distributed_koleo: bool,
+    begin_together: bool = False,
 ) -> list[Difference]:
-    """Two groups of two ranks; each student alone on one process, or two with local KoLeo."""
+    """Two groups of two ranks; each student alone on one process, or two with local KoLeo.
+
+    With ``begin_together`` one process trains both students for half of the run, and the groups
+    resume its checkpoint.
+    """
     tag = "koleo_across" if distributed_koleo else "koleo_within"
     multi = multi_config(images, teacher, folder / f"{tag}_multi", iters, ranks=RANKS)
-    run_ranks(with_koleo(multi, distributed_koleo), folder, f"{tag}_multi", 4)
+    arguments = ()
+    if begin_together:
+        begun = multi_config(images, teacher, folder / f"{tag}_multi", iters // 2)
+        train(with_koleo(begun, distributed_koleo), folder)
+        arguments = ("--resume",)
+    run_ranks(with_koleo(multi, distributed_koleo), folder, f"{tag}_multi", 4, *arguments)
     differences = []
     for name in RANKS:
         alone = folder / f"{tag}_{name}"

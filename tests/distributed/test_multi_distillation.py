@@ -1,4 +1,4 @@
-"""Rank groups: the gather operator against the reference, whole runs against single distillations."""
+"""Rank groups: the gather operator against the reference, runs against single distillations."""
 
 import json
 import os
@@ -13,7 +13,9 @@ import torch.multiprocessing as mp
 from dinov3_mm.models.layers.batch_norm import SyncedBatchNorm2d
 from dinov3_mm.models.losses import koleo_loss
 from dinov3_mm.models.pretraining.groups import group_as_world, place_students, share
+from tests.acceptance.multi_distillation import grouped_against_single
 from tests.golden import assert_parity, load_golden
+from tests.integration.distill_run import write_teacher
 
 WORLD = 4
 RANKS = {"first": (0, 2), "second": (2, 4)}
@@ -134,3 +136,13 @@ def test_impossible_ranks(folder):
     assert "['b'] have no ranks" in some
     for message in (twice, few):
         assert "4 processes" in message and "0 to 3, each once" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begin_together", [False, True])
+def test_groups_train_as_single_distillations(tmp_path, begin_together):
+    images, teacher = write_teacher(tmp_path)
+    for difference in grouped_against_single(
+        tmp_path, images, teacher, 6, True, begin_together=begin_together
+    ):
+        assert difference.is_within_bars, str(difference)

@@ -14,7 +14,12 @@ from mmengine.registry import RUNNERS, Registry
 
 from dinov3_mm.datasets.loader import LOADER_KEYS, MASKING_KEYS
 from dinov3_mm.datasets.samplers import BatchLayout
-from dinov3_mm.engine.config.defaults import DEFAULT_HOOKS, DEFAULT_PATCH_SIZE, token_stride_of
+from dinov3_mm.engine.config.defaults import (
+    DEFAULT_HOOKS,
+    DEFAULT_PATCH_SIZE,
+    MULTI_DISTILLATION,
+    token_stride_of,
+)
 from dinov3_mm.engine.config.signature import accepted_keywords
 from dinov3_mm.suggest import hint, nearest
 
@@ -27,6 +32,22 @@ STAGE_KEYS = ("kind", "iterations", "gram_iter")
 
 # A typo is nearer to its Runner key than this; a helper variable is not (train_data, model_dim).
 _TYPO_CUTOFF = 0.85
+
+# Hooks that look at one student, its optimizer or its metrics.
+HOOKS_OF_A_STUDENT = frozenset(
+    {
+        "CollapseGuardHook",
+        "DenseProbeHook",
+        "DiagnosisHook",
+        "FolderEvalHook",
+        "KNNEvalHook",
+        "NonFiniteGuardHook",
+        "OptimScheduleHook",
+        "RetrievalEvalHook",
+        "SummaryHook",
+        "TeacherEMAHook",
+    }
+)
 
 # Keys that always hold a part of one registry. Other parts are looked for in all registries.
 _REGISTRY_OF_KEY: dict[str, Registry] = {
@@ -71,7 +92,7 @@ def check_config(cfg: Mapping, *, world_size: int = 1) -> None:
             ``type`` that is in no registry, an argument that its ``type`` does not take, a global
             batch that the processes and micro batches do not divide, two places that disagree.
     """
-    findings = [*_check_top_level(cfg), *_check_untyped(cfg)]
+    findings = [*_check_top_level(cfg), *_check_untyped(cfg), *_check_students(cfg)]
     if "global_batch_size" in (cfg.get("train_cfg") or {}):
         findings += [*_check_batch(cfg, world_size), *_check_patch_size(cfg)]
     for key, value in cfg.items():
@@ -136,6 +157,23 @@ def _check_untyped(cfg: Mapping) -> Iterator[str]:
             node = (node or {}).get(key)
         for key in (node or {}).keys() - known:
             yield f"{path}: nobody reads {key!r}; {hint(key, known)}"
+
+
+def _check_students(cfg: Mapping) -> Iterator[str]:
+    """Hooks of one student stand inside a PerStudentHook, in configs of several and only there."""
+    is_multi = (cfg.get("model") or {}).get("type") == MULTI_DISTILLATION
+    for index, hook in enumerate(cfg.get("custom_hooks") or ()):
+        kind = hook.get("type")
+        if is_multi and kind in HOOKS_OF_A_STUDENT:
+            yield (
+                f"custom_hooks.{index}: {kind} is a student's; write dict(type='PerStudentHook', "
+                f"hook=dict(type={kind!r}, ...))"
+            )
+        elif not is_multi and kind == "PerStudentHook":
+            yield (
+                f"custom_hooks.{index}: PerStudentHook needs a model of type {MULTI_DISTILLATION}; "
+                "give its hook itself"
+            )
 
 
 def _check_batch(cfg: Mapping, world_size: int) -> Iterator[str]:

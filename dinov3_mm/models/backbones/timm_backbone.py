@@ -4,6 +4,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from mmengine.model.weight_init import initialize
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -66,7 +67,9 @@ class TimmBackbone(FeatureMapBackbone):
         with torch.no_grad():
             for key, value in fresh.state_dict().items():
                 target[key].copy_(_placed(value, target[key]))
-        super().init_weights()
+        if self.init_cfg:
+            initialize(self, self.init_cfg)
+        self._is_init = True
 
     def _run(self, module: nn.Module, images: Tensor) -> Tensor:
         features = module.forward_features(images)

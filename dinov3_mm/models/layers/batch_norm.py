@@ -28,7 +28,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         dims = (0, 2, 3)
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.float()
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
             mean = _mean_over_ranks(wide.mean(dims))
             centred = wide - mean[:, None, None]
             variance = _mean_over_ranks(centred.square().mean(dims))
