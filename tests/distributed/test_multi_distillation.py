@@ -1,4 +1,4 @@
-"""Rank groups: the gather operator against the reference, runs against single distillations."""
+"""Students in rank groups on gloo: equal to distillations of their own."""
 
 import json
 import os
