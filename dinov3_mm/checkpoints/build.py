@@ -11,6 +11,7 @@ from mmengine.registry import MODELS
 
 from ..models.backbones.zoo import ZOO, ZooRow
 from ..suggest import hint
+from .adapter_exports import build_adapter
 from .download import is_url
 from .installing import install_weights
 from .loading import ForeignCheckpoint, load_weights
@@ -80,6 +81,9 @@ def build_backbone(
         raise ValueError(
             f"{name_or_file} is a weight file already; pass a name to load other weights {weights}"
         )
+    adapter = build_adapter(name_or_file, overrides)
+    if adapter is not None:
+        return adapter
     checkpoint = load_weights(name_or_file, **options)
     return build_from_checkpoint(checkpoint, checkpoint.arch, **installing, **overrides)
 

@@ -113,6 +113,7 @@ def replay_capture(path: str | Path, cfg: Config, device: str = "cpu") -> Replay
         raise ValueError(f"{path} is a training checkpoint, not a capture of a step")
     model = MODELS.build(cfg.model)
     load_model_state(model, state["state_dict"])
+    _load_distillation_teacher(model, cfg)
     model.to(device).train()
     step = StepInputs(**state["step"])
     model.set_step(**step.step_values)
@@ -135,6 +136,16 @@ def replay_capture(path: str | Path, cfg: Config, device: str = "cpu") -> Replay
             name for name, param in model.student.named_parameters() if not param.isfinite().all()
         ],
     )
+
+
+def _load_distillation_teacher(model: nn.Module, cfg: Config) -> None:
+    """A capture, like a checkpoint, does not hold the frozen teacher: its file does."""
+    teacher = getattr(model, "distillation_teacher", None)
+    if teacher is None:
+        return
+    hooks = cfg.get("custom_hooks") or []
+    files = [hook["checkpoint"] for hook in hooks if hook["type"] == "DistillationHook"]
+    teacher.load(files[0])
 
 
 def _gradient_norms(student: nn.Module) -> dict[str, float]:

@@ -9,8 +9,8 @@ from dinov3_mm.checkpoints.released import released_file
 from dinov3_mm.checkpoints.statistics import Statistics, find_statistics
 from dinov3_mm.engine.autoscale import RECORD
 from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.hooks.distillation import RANDOM
 from dinov3_mm.models.backbones.zoo import ZOO
+from dinov3_mm.models.pretraining.distillation_teacher import RANDOM
 
 FOLDER = "ImageFolder"
 INITIALIZER = "DINOv3Pretrained"

@@ -7,7 +7,6 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-RANDOM = "random"
 STATE_KEY = "distillation_teacher"
 
 
@@ -49,11 +48,7 @@ class DistillationHook(Hook):
                 "(tools/train.py: --teacher FILE), a training checkpoint or teacher export with "
                 "backbone and heads"
             )
-        if self.checkpoint == RANDOM:
-            report = teacher.accept_random()
-        else:
-            report = teacher.load(self.checkpoint)
-        runner.logger.info(f"distillation teacher: {report}")
+        runner.logger.info(f"distillation teacher: {teacher.load(self.checkpoint)}")
         self._fingerprint = teacher.fingerprint()
         if self._expected is not None:
             self._compare()

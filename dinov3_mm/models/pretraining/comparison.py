@@ -159,3 +159,10 @@ class ChunkedComparison:
 
 
 Comparison = WholeComparison | ChunkedComparison
+
+
+def build_comparison(prototype_chunk_size: int | None) -> Comparison:
+    """In chunks of so many prototypes, or whole."""
+    if prototype_chunk_size is None:
+        return WholeComparison()
+    return ChunkedComparison(prototype_chunk_size)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dinov3_mm.suggest import hint
 
-from .comparison import ChunkedComparison, WholeComparison
+from .comparison import build_comparison
 from .diagnostics import diagnose
 from .distillation_teacher import (
     DistillationTeacher,
@@ -33,7 +33,7 @@ from .options import (
     resolve_koleo,
     resolve_options,
 )
-from .student import build_student, check_batch_norm, follow, load_network
+from .student import build_student, check_batch_norm, check_mask_token, follow, load_network
 from .terms import StudentView, TeacherView, as_scalar, count_local_crops, image_terms
 
 STEP_VALUES = ("teacher_temp", "dino_local_weight", "gram_weight")
@@ -135,11 +135,7 @@ class DINOv3(BaseModel):
             raise ValueError(f"student_temp must be positive, got {student_temp}")
         self.student_temp = student_temp
         self.compute_dtype = check_compute_dtype(compute_dtype)
-        self.comparison = (
-            WholeComparison()
-            if prototype_chunk_size is None
-            else ChunkedComparison(prototype_chunk_size)
-        )
+        self.comparison = build_comparison(prototype_chunk_size)
         self.mask_student = distillation is None if mask_student is None else mask_student
         self.start_from = start_from
         self.collect_diagnostics = False
@@ -151,12 +147,8 @@ class DINOv3(BaseModel):
             ibot_head = with_prototypes(ibot_head, teacher["ibot_head"])
         self.student = build_student(backbone, dino_head, ibot_head)
         check_batch_norm(self.student, has_frozen_teacher=teacher is not None)
-        if self.mask_student and not hasattr(self.student.backbone, "mask_token"):
-            raise ValueError(
-                f"{type(self.student.backbone).__name__} has no mask token, so patches cannot be "
-                "hidden from it; set mask_student=False, which evaluates the iBOT term on patches "
-                "that the student sees"
-            )
+        if self.mask_student:
+            check_mask_token(self.student.backbone)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         if self.gram is not None and self.gram["teacher"] == "frozen":
             self.gram_teacher = GramTeacher(self.student.backbone)

@@ -17,6 +17,8 @@ from ..backbones import TokenOutput
 from .comparison import Comparison
 from .student import HEADS, build_student, load_network
 
+RANDOM = "random"
+WHO = "the distillation teacher"
 SETTINGS = ("backbone", "dino_head", "ibot_head", "resolution_scale")
 
 
@@ -56,6 +58,9 @@ class DistillationTeacher(nn.ModuleDict):
     def load(self, path: str | os.PathLike) -> str:
         """Take backbone and both heads of a training checkpoint or teacher export, strictly.
 
+        Args:
+            path: the file; 'random' accepts the initial weights as they are, for tests.
+
         Returns:
             One line about what was loaded.
 
@@ -63,14 +68,10 @@ class DistillationTeacher(nn.ModuleDict):
             FileNotFoundError: no such file.
             ValueError: weights that lack a head or do not fit.
         """
-        report = load_network(self, path, what="the distillation teacher")
+        is_random = path == RANDOM
+        report = "random weights" if is_random else load_network(self, path, what=WHO)
         self.is_ready = True
         return report
-
-    def accept_random(self) -> str:
-        """Use the initial random weights as they are; for tests."""
-        self.is_ready = True
-        return "random weights"
 
     def targets(
         self,

@@ -57,25 +57,38 @@ def check_batch_norm(student: nn.ModuleDict, *, has_frozen_teacher: bool) -> Non
             )
 
 
-def averaged_tensors(network: nn.Module) -> list[Tensor]:
-    """What an EMA copy follows: parameters, and running statistics of synced batch norms."""
-    tensors: list[Tensor] = list(network.parameters())
-    for module in network.modules():
-        if isinstance(module, SyncedBatchNorm2d):
-            tensors += [module.running_mean, module.running_var]
-    return tensors
+def check_mask_token(backbone: nn.Module) -> None:
+    """Raise a ``ValueError`` for a backbone from which patches cannot be hidden."""
+    if not hasattr(backbone, "mask_token"):
+        raise ValueError(
+            f"{type(backbone).__name__} has no mask token, so patches cannot be hidden from it; "
+            "set mask_student=False, which evaluates the iBOT term on patches that the student sees"
+        )
+
+
+def _running_statistics(network: nn.Module) -> list[Tensor]:
+    norms = [child for child in network.modules() if isinstance(child, SyncedBatchNorm2d)]
+    return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
 
 
 @torch.no_grad()
 def follow(ema: nn.Module, network: nn.Module, momentum: float | Tensor) -> None:
     """Move an EMA copy: ``m * ema + (1 - m) * network``.
 
+    It follows the parameters, and the running statistics of synced batch norms.
+
     Args:
         ema: the copy.
         network: what it follows.
         momentum: ``m``, a number or a scalar tensor, which is not read to the host.
     """
-    averages, values = averaged_tensors(ema), averaged_tensors(network)
+    _lerp(list(ema.parameters()), list(network.parameters()), momentum)
+    statistics = _running_statistics(ema)
+    if statistics:  # apart, because those of a sharded network are whole
+        _lerp(statistics, _running_statistics(network), momentum)
+
+
+def _lerp(averages: list[Tensor], values: list[Tensor], momentum: float | Tensor) -> None:
     if not isinstance(momentum, Tensor):
         torch._foreach_lerp_(averages, values, 1.0 - momentum)
         return

@@ -8,6 +8,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
+from dinov3_mm.checkpoints import build_backbone, export_backbone
 from dinov3_mm.models.backbones import FeatureMapBackbone, TimmBackbone
 from tests.golden import assert_parity
 
@@ -99,3 +100,29 @@ def test_mistakes(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"TimmBackbone needs timm: pip install"):
         TimmBackbone("resnet10t")
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        dict(type="TimmBackbone", name="resnet10t", batch_norm="sync"),
+        dict(
+            type="FeatureMapBackbone",
+            module=dict(type="DINOv3ConvNeXt", arch=dict(depths=[1, 1, 1, 1], dims=[4, 8, 12, 16])),
+        ),
+    ],
+    ids=lambda cfg: cfg["type"],
+)
+@torch.no_grad()
+def test_exports_are_built_again(tmp_path, cfg):
+    torch.manual_seed(0)
+    backbone = MODELS.build(cfg)
+    backbone.init_weights()
+    for parameter in backbone.parameters():
+        parameter.uniform_(-0.5, 1.5)
+    path = export_backbone(backbone, tmp_path / "export.safetensors")
+    again = build_backbone(path)
+    expected, actual = backbone.eval().forward_tokens(images()), again.forward_tokens(images())
+    assert torch.equal(actual.cls, expected.cls) and torch.equal(actual.patches, expected.patches)
+    with pytest.raises(TypeError, match="cannot be changed"):
+        build_backbone(path, in_channels=4)

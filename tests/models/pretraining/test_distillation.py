@@ -33,7 +33,7 @@ def build(backbone: dict | None = None, *, ready: bool = True, **settings) -> DI
     model = DINOv3(dict(backbone or BACKBONE), STUDENT_HEAD, STUDENT_HEAD, **settings)
     model.init_weights()
     if ready:
-        model.distillation_teacher.accept_random()
+        model.distillation_teacher.load("random")
     model.set_step(teacher_temp=0.04)
     return model
 
