@@ -61,8 +61,14 @@ def resolve_auto(
     Raises:
         ConfigError: an 'auto' that no rule settles, or a source that cannot be built.
     """
-    if not auto_places(cfg):
+    places = auto_places(cfg)
+    if not places:
         return []
+    if "backbone" not in cfg.model:
+        raise ConfigError(
+            f"{places[0]}: nothing is derived for a {cfg.model['type']}, whose students differ; "
+            "give a number"
+        )
     stored_values = dict((stored or {}).get("values", {}))
     every = next((stored_values[path] for path in SPLITS if path in stored_values), None)
     data = data or data_facts(cfg.train_dataloader["source"], every)
