@@ -26,9 +26,9 @@ class ShardingPolicy:
     Attributes:
         param_dtype: dtype in which parameters are gathered; None keeps float32.
         reduce_dtype: dtype in which gradients are reduced.
-        reshard_after_forward: free the gathered parameters of a block after its forward pass
-            (they are gathered again for the backward pass); False keeps them: more memory, less
-            communication.
+        reshard_after_forward: free the gathered parameters of a block of the student after its
+            forward pass (they are gathered again for the backward pass); False keeps them: more
+            memory, less communication. Teachers always free theirs.
         num_prefetch: blocks whose parameters are gathered ahead of use.
     """
 
@@ -95,12 +95,14 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, policy: ShardingPolicy) -> n
         mesh: one or two dimensions.
         policy: precision, resharding, prefetching.
     """
-    settings = {
-        "mesh": mesh,
-        "mp_policy": policy.mixed_precision,
-        "reshard_after_forward": policy.reshard_after_forward,
-    }
     for _, network in networks_of(model):
+        # A backward pass frees what stays gathered; a teacher has none.
+        is_trained = any(param.requires_grad for param in network.parameters())
+        settings = {
+            "mesh": mesh,
+            "mp_policy": policy.mixed_precision,
+            "reshard_after_forward": policy.reshard_after_forward or not is_trained,
+        }
         for name, child in network.named_children():
             if name == "backbone":
                 _shard_backbone(child, settings, policy.num_prefetch)
