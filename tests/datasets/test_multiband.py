@@ -1,6 +1,7 @@
 """Sources with ``color='unchanged'``: containers, pixel types, channels, and bad files."""
 
 import io
+import subprocess
 import sys
 
 import cv2
@@ -210,16 +211,27 @@ def test_volumes_are_refused():
         decode_unchanged(file.getvalue(), "a.tif")
 
 
-def test_missing_packages_are_named(monkeypatch):
-    file = io.BytesIO()
-    Image.fromarray(photo(40, 60)).save(file, "TIFF", compression="tiff_lzw")
-    if "imagecodecs" not in sys.modules:
-        monkeypatch.setitem(sys.modules, "imagecodecs", None)
-    with pytest.raises(ImportError, match="LZW compression needs the package imagecodecs"):
-        decode_unchanged(file.getvalue(), "a.tif")
+WITHOUT_IMAGECODECS = """
+import sys
+sys.modules["imagecodecs"] = None
+from dinov3_mm.datasets.sources.multiband import decode_unchanged
+try:
+    decode_unchanged(open(sys.argv[1], "rb").read(), "a.tif")
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(photo(40, 60)).save(path, "TIFF", compression="tiff_lzw")
+    # In a process of its own: tifffile looks for the codecs once.
+    command = [sys.executable, "-c", WITHOUT_IMAGECODECS, str(path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "LZW compression needs the package imagecodecs" in output
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(ImportError, match=r"need tifffile: pip install 'dinov3_mm\[data\]'"):
-        decode_unchanged(file.getvalue(), "a.tif")
+        decode_unchanged(path.read_bytes(), "a.tif")
 
 
 @pytest.mark.parametrize(

@@ -82,30 +82,6 @@ def test_dist_train_meets_in_a_file(tmp_path):
     assert words[-6:-1] == ["c.py", "--launcher", "pytorch", "--cfg-options", "a=b c"]
 
 
-def test_slurm_train_passes_its_environment_on(tmp_path):
-    code, words, _ = run_with_fake_commands(
-        tmp_path,
-        "slurm_train.sh",
-        ["part", "job", "c.py", "out", "--resume"],
-        ["srun"],
-        GPUS="16",
-        SRUN_ARGS="--signal=TERM@120 --qos=x",
-    )
-    assert code == 0
-    for word in (
-        "--partition=part",
-        "--job-name=job",
-        "--gres=gpu:8",
-        "--ntasks=16",
-        "--ntasks-per-node=8",
-        "--cpus-per-task=5",
-        "--signal=TERM@120",
-        "--qos=x",
-    ):
-        assert word in words
-    assert words[-7:-1] == ["c.py", "--work-dir", "out", "--launcher", "slurm", "--resume"]
-
-
 @pytest.mark.parametrize("script", ["dist_train.sh", "slurm_train.sh"])
 def test_scripts_say_how_to_use_them(tmp_path, script):
     code, _, errors = run_with_fake_commands(tmp_path, script, ["c.py"], [])
