@@ -9,6 +9,9 @@ from rich.table import Table
 from dinov3_mm import list_backbones
 from dinov3_mm.models.backbones import ZOO
 
+# Narrower, the columns would break within words.
+MIN_WIDTH = 160
+
 
 def backbone_table(names: Sequence[str]) -> Table:
     """Rows of the zoo as a table for people."""
@@ -39,10 +42,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pattern", nargs="?", help="shell pattern, e.g. '*vitl16*'")
     parser.add_argument("--weights-only", action="store_true", help="only those with weights")
-    parser.add_argument("--width", type=int, help="characters a line; default: of the terminal")
+    parser.add_argument(
+        "--width",
+        type=int,
+        help=f"characters a line; default: the terminal's, at least {MIN_WIDTH}",
+    )
     args = parser.parse_args(argv)
     names = list_backbones(args.pattern, weights_only=args.weights_only)
-    Console(width=args.width).print(backbone_table(names))
+    width = args.width or max(Console().width, MIN_WIDTH)
+    Console(width=width).print(backbone_table(names))
 
 
 if __name__ == "__main__":
