@@ -106,7 +106,7 @@ def _fill_teachers(algorithm: nn.Module, schedules: Schedules) -> None:
     if GramAnchorHook in schedules.hooks and hasattr(algorithm, "gram_teacher"):
         algorithm.copy_teacher_to_gram()
     if DistillationHook in schedules.hooks:
-        algorithm.distillation_teacher.accept_random()
+        algorithm.distillation_teacher.is_ready = True
 
 
 def _count_parameters(algorithm: nn.Module) -> dict[str, tuple[int, int]]:

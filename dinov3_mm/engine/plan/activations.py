@@ -8,7 +8,8 @@ take part in the branch), with c bytes per activation, are kept for the backward
 - qkv: its input (k D); its output (3 k D), of which v is a view; rotated q and k (2 k D);
 - attention: its output (k D), log sum exp (k heads, fp32), the outputs of all crops in one
   matrix (k D);
-- projection: its output (k D), which the layer scale keeps;
+- projection: its output (k D), which the layer scale keeps; with stochastic depth also the scaled
+  output (k D), which is added to the images that take part; so after the feed-forward;
 - norm 2 as norm 1; feed-forward: its input (k D), output (k D), and two hidden matrices (k H), four
   where it is gated.
 
@@ -49,24 +50,19 @@ def block_saved(
     statistics = _attention_statistics(vit, kept, width, on_gpu=on_gpu)
     hidden = 4 if vit.is_gated else 2
     feed_forward = (hidden * tokens * vit.hidden + dims) * width
-    # Without stochastic depth the norms read the residual stream itself, which then needs no copy.
-    return norms + attention + statistics + feed_forward
+    scaled = 2 * dims * width if vit.drop_path_rate else 0
+    return norms + attention + statistics + feed_forward + scaled
 
 
-def block_kept(
-    vit: Transformer,
-    sequences: tuple[Sequence, ...],
-    width: int,
-    recompute: bool | str,
-    *,
-    on_gpu: bool,
+def block_input(vit: Transformer, sequences: tuple[Sequence, ...], width: int) -> int:
+    """The residual stream between two blocks."""
+    return tokens_of(sequences) * vit.dims * width
+
+
+def block_products(
+    vit: Transformer, sequences: tuple[Sequence, ...], width: int, *, on_gpu: bool
 ) -> int:
-    """What a block keeps from the forward to the backward pass under a kind of recomputation."""
-    if not recompute:
-        return block_saved(vit, sequences, width, on_gpu=on_gpu)
-    block_input = tokens_of(sequences) * vit.dims * width
-    if recompute is True:
-        return block_input
+    """Outputs of a block's matrix products and of its attention."""
     kept = vit.kept(sequences)
     tokens = tokens_of(kept)
     hidden = 2 if vit.is_gated else 1
@@ -77,7 +73,25 @@ def block_kept(
             statistics += images * vit.num_heads * length**2 * FP32  # scores
         else:
             statistics += images * vit.num_heads * length * FP32
-    return block_input + products + statistics
+    return products + statistics
+
+
+def block_recomputed(
+    vit: Transformer,
+    sequences: tuple[Sequence, ...],
+    width: int,
+    recompute: bool | str,
+    *,
+    on_gpu: bool,
+) -> int:
+    """What the backward pass of a block brings back beside what was kept."""
+    if not recompute:
+        return 0
+    again = block_saved(vit, sequences, width, on_gpu=on_gpu)
+    if recompute == "selective":
+        again -= block_products(vit, sequences, width, on_gpu=on_gpu)
+    shares_input = not vit.drop_path_rate and (width == FP32 or not on_gpu)
+    return again - (block_input(vit, sequences, width) if shares_input else 0)
 
 
 def block_working(

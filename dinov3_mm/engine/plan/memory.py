@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from . import activations as act
 from .options import Option
 from .prototypes import ComparisonMemory, comparison_memory
-from .state import gradients, local_values, resident, shards
-from .workload import Workload, numel
+from .state import gradients, local_numel, local_values, resident, shards
+from .workload import Sequence, Transformer, Workload, numel
 
 FP32 = 4
+NUM_HEADS = 2
 
 
 @dataclass(frozen=True)
@@ -54,54 +55,95 @@ def plan_memory(
         on_gpu: of the paths on a GPU; otherwise of those on a CPU.
     """
     state = resident(work, option, world_size)
-    base = sum(state.values())
     grads = gradients(work, option, world_size)
-    later = 0 if option.strategy == "ddp" else grads
-    # Gradients of the earlier micro batches.
-    before = later if work.accumulate > 1 else 0
     compared = comparison_memory(work, option.chunk_size, on_gpu=on_gpu)
     kept = _student(work, option, on_gpu=on_gpu)
-    images = _images(work)
-    gathered = gathered_memory(work, option, backward=True)
     moments = {
-        "teacher's forward pass": _teacher(work, option),
-        "teacher's targets": compared.teacher,
-        "losses": kept.total + compared.targets + compared.logits + compared.losses + _gram(work),
-        "backward pass of the prototypes": kept.total + compared.logits + compared.backward
-        + _gram(work) // 2 + gathered,
-        "backward pass of the blocks": _blocks(work, option, kept, on_gpu=on_gpu)
-        + _head_gradients(work, option, world_size) + gathered,
-        "end of the backward pass": kept.embedding + kept.block + kept.working + later + gathered,
-        "EMA update": local_values(work.networks["teacher"], shards(option, world_size)) * FP32
-        if on_gpu
-        else 0,
+        **_forward_moments(work, option, kept, compared),
+        **_backward_moments(work, option, kept, compared, world_size),
     }
-    moments = {
-        name: base + size + (before + images if "update" not in name else 0)
-        for name, size in moments.items()
-    }
-    moments["end of the backward pass"] -= before
+    # Gradients of the earlier micro batches, which DDP keeps outside of its buckets.
+    extra = _images(work) + (grads if work.accumulate > 1 else 0)
+    moments = {name: size + extra for name, size in moments.items()}
+    moments["end of the backward pass"] = (
+        _images(work)
+        + kept.embedding
+        + kept.block
+        + kept.working
+        + (grads if option.strategy != "ddp" or work.accumulate > 1 else 0)
+        + gathered_memory(work, option, "blocks")
+    )
+    if on_gpu:
+        teacher = local_values(work.networks["teacher"], shards(option, world_size))
+        moments["EMA update"] = FP32 * teacher
+    base = sum(state.values())
     return MemoryPlan(
         state,
         grads,
         kept.total,
-        compared.logits + max(compared.targets + compared.losses, compared.backward),
-        gathered,
-        moments,
+        compared.logits
+        + max(compared.targets + compared.losses, compared.backward, compared.joined),
+        max(gathered_memory(work, option, part) for part in ("forward", "blocks", "heads")),
+        {name: base + size for name, size in moments.items()},
     )
+
+
+def _forward_moments(
+    work: Workload, option: Option, kept: "_Kept", compared: ComparisonMemory
+) -> dict[str, int]:
+    backbone = work.backbone if work.teacher is None else work.teacher[0]
+    student = kept.total + compared.targets + compared.logits
+    return {
+        "teacher's forward pass": _teacher(work, option, backbone, work.teacher_sequences),
+        "teacher's targets": compared.teacher,
+        "student's forward pass": student
+        + kept.cached_casts
+        + gathered_memory(work, option, "forward"),
+        "losses": student + compared.losses,
+        "Gram teacher's forward pass": student
+        + compared.left
+        - compared.patch_targets
+        + _teacher(work, option, work.backbone, work.gram_sequences),
+        "Gram term": student + compared.left - compared.patch_targets + _gram(work, 3),
+    }
+
+
+def _backward_moments(
+    work: Workload, option: Option, kept: "_Kept", compared: ComparisonMemory, world_size: int
+) -> dict[str, int]:
+    student = kept.total + compared.logits
+    return {
+        "backward pass of the Gram term": student + compared.left + _gram(work, 5),
+        "backward pass of the losses": student + compared.backward,
+        "backward pass of the heads": student
+        + compared.joined
+        + gathered_memory(work, option, "heads"),
+        # Heads are done, all blocks are still to come.
+        "backward pass of the blocks": kept.blocks
+        + kept.embedding
+        + kept.casts
+        + kept.again
+        + kept.working
+        + _head_gradients(work, option, world_size)
+        + gathered_memory(work, option, "blocks"),
+    }
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What the student keeps: of the blocks together and of each, of the rest."""
+    """What the student keeps: of the blocks together, of each, of the rest; the copies of weights
+    that a backward pass needs, and the others that last as long as the forward pass.
+    """
 
     blocks: int
     block: int
+    again: int
     working: int
     embedding: int
     norm: int
     heads: int
     casts: int
+    cached_casts: int
 
     @property
     def total(self) -> int:
@@ -110,11 +152,20 @@ class _Kept:
 
 def _student(work: Workload, option: Option, *, on_gpu: bool) -> _Kept:
     vit, sequences, width = work.backbone, work.student_sequences, work.width
-    per_block = act.block_kept(vit, sequences, width, option.recompute, on_gpu=on_gpu)
-    casts = 0
+    per_block = act.block_input(vit, sequences, width)
+    if not option.recompute:
+        per_block = act.block_saved(vit, sequences, width, on_gpu=on_gpu)
+    elif option.recompute == "selective":
+        per_block += act.block_products(vit, sequences, width, on_gpu=on_gpu)
+    block_casts = head_casts = cached_casts = 0
     if width < FP32 and not (option.is_sharded and option.param_bytes == width):
-        # Autocast keeps a 16-bit copy of every weight matrix for the backward pass.
-        casts = work.networks["student"].weights * width
+        # Autocast keeps a 16-bit copy of every weight matrix for the backward pass; of blocks that
+        # are recomputed, of one at a time.
+        weights = work.networks["student"].weights
+        per_unit = weights[:1] if option.recompute else weights[: vit.num_layers]
+        block_casts = sum(per_unit) * width
+        cached_casts = sum(weights[: vit.num_layers]) * width - block_casts
+        head_casts = sum(weights[vit.num_layers :]) * width
     cls_rows = work.num_global + work.num_local
     heads = act.head_kept(work.dino_head, cls_rows, width, gathered_input=True)
     heads += act.head_kept(work.ibot_head, work.crops.num_masked, width, gathered_input=True)
@@ -122,12 +173,14 @@ def _student(work: Workload, option: Option, *, on_gpu: bool) -> _Kept:
     return _Kept(
         per_block * vit.num_layers,
         act.block_saved(vit, sequences, width, on_gpu=on_gpu),
+        act.block_recomputed(vit, sequences, width, option.recompute, on_gpu=on_gpu),
         act.block_working(vit, sequences, width, grad=True),
         act.embedding_kept(vit, sequences, width, cast=width < FP32),
         act.final_norm_kept(vit, sequences, width, on_gpu=on_gpu)
         + (patches if work.gram is not None else 0),
-        heads,
-        casts,
+        heads + head_casts,
+        block_casts,
+        cached_casts,
     )
 
 
@@ -136,32 +189,29 @@ def _images(work: Workload) -> int:
     return work.pixels * (1 + FP32)
 
 
-def _blocks(work: Workload, option: Option, kept: _Kept, *, on_gpu: bool) -> int:
-    """The last block's turn in the backward pass: all is kept still, heads are done."""
-    again = kept.block if option.recompute else 0
-    return kept.blocks + kept.embedding + kept.casts + again + kept.working
+def _teacher(
+    work: Workload, option: Option, vit: Transformer, sequences: tuple[Sequence, ...]
+) -> int:
+    """Forward pass of a teacher."""
+    if not sequences:
+        return 0
+    stream = act.tokens_of(sequences) * vit.dims * work.width
+    working = act.block_working(vit, sequences, work.width, grad=False)
+    return stream + working + gathered_memory(work, option, "forward")
 
 
-def _teacher(work: Workload, option: Option) -> int:
-    """Forward pass without gradients of the largest teacher."""
-    largest = 0
-    backbone = work.backbone if work.teacher is None else work.teacher[0]
-    for vit, sequences in ((backbone, work.teacher_sequences), (work.backbone, work.gram_sequences)):
-        if sequences:
-            stream = act.tokens_of(sequences) * vit.dims * work.width
-            largest = max(
-                largest, stream + act.block_working(vit, sequences, work.width, grad=False)
-            )
-    return largest + gathered_memory(work, option, backward=False)
-
-
-def _gram(work: Workload) -> int:
-    """Gram term: normalised tokens of both sides and three matrices of similarities, in fp32."""
+def _gram(work: Workload, matrices: int) -> int:
+    """Gram term in fp32: tokens of both sides before and after normalisation, and this many
+    matrices of similarities.
+    """
     if work.gram is None:
         return 0
     images, tokens = work.student_sequences[0]
     tokens -= work.backbone.num_prefix
-    return FP32 * images * (4 * tokens * work.backbone.dims + 3 * tokens**2)
+    values = 4 * images * tokens * work.backbone.dims
+    if not work.gram_by_image:
+        images, tokens = 1, images * tokens
+    return FP32 * (values + matrices * images * tokens**2)
 
 
 def _head_gradients(work: Workload, option: Option, world_size: int) -> int:
@@ -169,31 +219,33 @@ def _head_gradients(work: Workload, option: Option, world_size: int) -> int:
     if option.strategy == "ddp":
         return 0
     parts = shards(option, world_size)
-    unit_sizes = [
-        sum(-(-shape[0] // parts) * numel(shape[1:]) if parts > 1 else numel(shape)
-            for shape, trained in unit if trained)
-        for unit in work.networks["student"].units[-2:]
-    ]
-    return FP32 * sum(unit_sizes)
+    heads = work.networks["student"].units[-NUM_HEADS:]
+    return FP32 * sum(
+        local_numel(shape, parts) for unit in heads for shape, trained in unit if trained
+    )
 
 
-def gathered_memory(work: Workload, option: Option, *, backward: bool) -> int:
-    """Gathered parameters of two units and the buffer of the next; in the backward pass also a
-    unit's gradients as they are made and as they are reduced.
+def gathered_memory(work: Workload, option: Option, part: str) -> int:
+    """Most bytes of gathered parameters and of gradients in flight.
+
+    While a unit works, the next one has been gathered and the buffer of the collective after it is
+    there. In the backward pass come the unit's gradients as they are made and as they are reduced.
+
+    Args:
+        work: shapes of the step.
+        option: how it is run.
+        part: 'forward', or the backward pass of the 'blocks' or of the 'heads'.
     """
     if not option.is_sharded:
         return 0
-    student = work.networks["student"].units
-    everything = [unit for network in work.networks.values() for unit in network.units]
-    largest = max(_values(unit) for unit in everything)
-    held = sum(map(_values, student if backward else everything)) if not option.reshard else 0
-    if option.reshard:
-        held = 2 * largest
-    size = (held + largest) * option.param_bytes
-    if backward:
-        own = max(_values(unit) for unit in student)
-        size += own * (option.param_bytes + option.reduce_bytes)
-    return size
+    student = [_values(unit) for unit in work.networks["student"].units]
+    if part == "forward":
+        largest = max(_values(u) for network in work.networks.values() for u in network.units)
+    else:
+        largest = max(student[:-NUM_HEADS] if part == "blocks" else student[-NUM_HEADS:])
+    values = 3 * largest if option.reshard else sum(student) + largest
+    flying = 0 if part == "forward" else largest * (option.param_bytes + option.reduce_bytes)
+    return values * option.param_bytes + flying
 
 
 def _values(unit: tuple) -> int:

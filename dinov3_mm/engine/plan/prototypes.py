@@ -24,19 +24,23 @@ class ComparisonMemory:
         teacher: most while the teacher's scores are centred, beside nothing.
         logits: of the student, kept for the backward pass.
         losses: most while the losses are taken, beside targets and logits.
-        backward: most while their gradients are, beside logits and the targets that are left.
+        patch_targets: the part of ``targets`` that stays for the backward pass.
+        left: that and what else the losses keep.
+        backward: most while the gradients of the losses are taken, beside the logits.
+        joined: most while those of the last layers are, beside the logits.
     """
 
     targets: int
     teacher: int
     logits: int
     losses: int
+    patch_targets: int
+    left: int
     backward: int
+    joined: int
 
 
-def comparison_memory(
-    work: Workload, chunk_size: int | None, *, on_gpu: bool
-) -> ComparisonMemory:
+def comparison_memory(work: Workload, chunk_size: int | None, *, on_gpu: bool) -> ComparisonMemory:
     """Memory of both comparisons of a micro batch."""
     cls_rows, patch_rows = work.num_global + work.num_local, work.crops.num_masked
     if chunk_size is None:
@@ -44,9 +48,7 @@ def comparison_memory(
     return _chunked(work, cls_rows, patch_rows, chunk_size)
 
 
-def _whole(
-    work: Workload, cls_rows: int, patch_rows: int, *, on_gpu: bool
-) -> ComparisonMemory:
+def _whole(work: Workload, cls_rows: int, patch_rows: int, *, on_gpu: bool) -> ComparisonMemory:
     width, images = work.width, work.crops.images
     k_cls, k_patch = work.dino_head.num_prototypes, work.ibot_head.num_prototypes
     piece = GPU_PIECE if on_gpu else CPU_PIECE
@@ -69,21 +71,21 @@ def _whole(
         teacher=teacher_logits + patch_targets + cls_targets,
         logits=logits,
         losses=summed + without_self + scratch,
-        backward=max(first, joined),
+        patch_targets=patch_targets,
+        left=patch_targets + summed + without_self,
+        backward=first,
+        joined=joined,
     )
 
 
-def _chunked(
-    work: Workload, cls_rows: int, patch_rows: int, chunk_size: int
-) -> ComparisonMemory:
+def _chunked(work: Workload, cls_rows: int, patch_rows: int, chunk_size: int) -> ComparisonMemory:
     width = work.width
     heads = ((work.dino_head, cls_rows), (work.ibot_head, patch_rows))
     copies = sum(_prototypes(head) * width for head, _ in heads)
     vectors = FP32 * sum(head.num_prototypes for head, _ in heads)
     targets = copies + vectors
-    rows = max(patch_rows, cls_rows)
     # Logits in the compute dtype and in fp32, wanted and teacher probabilities.
-    piece = rows * chunk_size
+    piece = max(rows * min(chunk_size, head.num_prototypes) for head, rows in heads)
     scratch = piece * (width + 3 * FP32)
     grads = max(_prototypes(head) for head, _ in heads) * width
     return ComparisonMemory(
@@ -91,7 +93,10 @@ def _chunked(
         teacher=targets + piece * (width + 2 * FP32),
         logits=copies,
         losses=scratch,
+        patch_targets=targets,
+        left=targets,
         backward=scratch + piece * width + copies + grads,
+        joined=copies + grads,
     )
 
 

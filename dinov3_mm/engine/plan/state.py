@@ -39,9 +39,7 @@ def resident(work: Workload, option: Option, world_size: int) -> dict[str, int]:
     """Bytes on the first rank between two steps, by kind."""
     parts = shards(option, world_size)
     student = work.networks["student"]
-    sizes = {
-        name: FP32 * local_values(network, parts) for name, network in work.networks.items()
-    }
+    sizes = {name: FP32 * local_values(network, parts) for name, network in work.networks.items()}
     moments = MOMENTS * FP32 * local_values(student, parts, trained=True)
     sizes["optimizer"] = moments + FP32 * num_trained_tensors(student)
     if option.strategy == "ddp":

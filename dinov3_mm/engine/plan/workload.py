@@ -77,13 +77,11 @@ class Network:
 
     Attributes:
         units: shapes of the parameters of each unit, and whether they are trained.
-        weights: values of the weight matrices of the linear layers, which autocast casts.
-        largest_weight: values of the largest of them.
+        weights: values of the weight matrices of each unit, which autocast casts.
     """
 
     units: tuple[tuple[tuple[tuple[int, ...], bool], ...], ...]
-    weights: int
-    largest_weight: int
+    weights: tuple[int, ...]
 
     @property
     def num_params(self) -> int:
@@ -107,6 +105,7 @@ class Workload:
         crops: sizes of the crops and of the batch.
         bf16: bfloat16 autocast.
         gram: None, 'ema' or 'frozen'.
+        gram_by_image: whether similarities are those within an image.
         accumulate: micro batches per step.
         koleo_over_ranks: whether KoLeo gathers features.
         teacher: backbone and heads of a distillation teacher; None without.
@@ -119,6 +118,7 @@ class Workload:
     crops: CropSet
     bf16: bool
     gram: str | None
+    gram_by_image: bool
     accumulate: int
     koleo_over_ranks: bool
     teacher: tuple[Transformer, Head, Head] | None
@@ -193,6 +193,7 @@ def read_workload(cfg: Config, model: nn.Module, crops: CropSet) -> Workload:
         crops=crops,
         bf16=model.compute_dtype == "bf16",
         gram=None if model.gram is None else model.gram["teacher"],
+        gram_by_image=model.gram is None or model.gram["img_level"],
         accumulate=cfg.train_cfg.get("accumulate", 1),
         koleo_over_ranks=bool(model.koleo["weight"] and model.koleo["distributed"]),
         teacher=None if distillation is None else tuple(_part(distillation[n]) for n in parts),
@@ -234,13 +235,14 @@ def _part(module: nn.Module) -> Transformer | Head:
 
 def _network(network: nn.Module) -> Network:
     """Parameters by unit, in the way in which FSDP2 is told to cut them."""
-    units, weights = [], [0]
+    units, weights = [], []
     for name, child in network.named_children():
         parts = [*units_of(child), child] if name == "backbone" else [child]
         seen: set[int] = set()
         for part in parts:
             own = [p for p in part.parameters() if id(p) not in seen]
+            layers = [m.weight for m in part.modules() if isinstance(m, nn.Linear)]
+            weights.append(sum(w.numel() for w in layers if id(w) not in seen))
             seen.update(map(id, own))
             units.append(tuple((tuple(p.shape), p.requires_grad) for p in own))
-        weights += [m.weight.numel() for m in child.modules() if isinstance(m, nn.Linear)]
-    return Network(tuple(units), sum(weights), max(weights))
+    return Network(tuple(units), tuple(weights))
