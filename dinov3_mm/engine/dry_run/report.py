@@ -10,17 +10,19 @@ from .collectives import sent_per_rank
 from .run import DryRunReport
 from .step import StepRecord
 
+PAGE_WIDTH = 140
+
 
 def print_report(report: DryRunReport, console: Console | None = None) -> None:
     """Print everything that a dry run found out."""
-    console = console or Console(width=None if sys.stdout.isatty() else 140)
+    console = console or make_console()
     for line in report.derived:
         console.print(line, highlight=False)
     units = f", {report.num_units} units" if report.num_units else ""
     console.print(f"{report.strategy}, {report.world_size} rank(s){units}", highlight=False)
     console.print(_parameters(report))
     header, rows = report.schedules.table()
-    console.print(_table("schedules", header, rows))
+    console.print(make_table("schedules", header, rows))
     for record in report.steps:
         crops = record.crops
         share = "" if len(report.steps) == 1 else f" ({crops.ratio:.0%} of the iterations)"
@@ -35,7 +37,7 @@ def _parameters(report: DryRunReport) -> Table:
         (name, f"{total / 1e6:,.2f} M", f"{local / 1e6:,.2f} M")
         for name, (total, local) in report.networks.items()
     ]
-    return _table("parameters", ("network", "total", "rank 0"), rows)
+    return make_table("parameters", ("network", "total", "rank 0"), rows)
 
 
 def _batch(report: DryRunReport, record: StepRecord) -> Table:
@@ -55,7 +57,7 @@ def _batch(report: DryRunReport, record: StepRecord) -> Table:
         f"batch of rank {crops.rank}{micro}: {crops.images} images\n"
         "(in the first iteration no rank hides more patches)"
     )
-    return _table(title, ("tensor", "shape", "dtype"), rows)
+    return make_table(title, ("tensor", "shape", "dtype"), rows)
 
 
 def _memory(record: StepRecord) -> Table:
@@ -67,7 +69,7 @@ def _memory(record: StepRecord) -> Table:
     resident = as_bytes(sum(record.resident.values()))
     rows.append(("total", resident, as_bytes(record.peak.total)))
     title = f"memory of rank 0; fullest in the {record.peak.phase}"
-    return _table(title, ("kind", "between steps", "fullest moment"), rows)
+    return make_table(title, ("kind", "between steps", "fullest moment"), rows)
 
 
 def _collectives(report: DryRunReport, record: StepRecord) -> Table:
@@ -90,16 +92,22 @@ def _collectives(report: DryRunReport, record: StepRecord) -> Table:
         )
     rows.append(("total", "", "", "", "", "", as_bytes(total)))
     header = ("collective", "of", "in", "dtype", "calls", "whole tensors", "sent per rank")
-    return _table("collectives of a step", header, rows)
+    return make_table("collectives of a step", header, rows)
 
 
-def _table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+def make_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """A table with a title on the left."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in header:
         table.add_column(name)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def make_console() -> Console:
+    """The terminal, or a wide page where output goes to a file."""
+    return Console(width=None if sys.stdout.isatty() else PAGE_WIDTH)
 
 
 def as_bytes(size: float) -> str:

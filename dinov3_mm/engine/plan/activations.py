@@ -112,30 +112,29 @@ def block_working(
     return max(hidden + 2 * dims, 7 * dims) * width
 
 
-def embedding_kept(
-    vit: Transformer, sequences: tuple[Sequence, ...], width: int, *, cast: bool
-) -> int:
+def embedding_kept(vit: Transformer, sequences: tuple[Sequence, ...], width: int) -> int:
     """Pixels as the rows of a matrix, and the first block's input."""
     patches = sum(images * (tokens - vit.num_prefix) for images, tokens in sequences)
     pixels = patches * vit.channels * vit.stride**2
     return pixels * width + tokens_of(sequences) * vit.dims * width
 
 
-def final_norm_kept(vit: Transformer, sequences: tuple[Sequence, ...], width: int, *, on_gpu: bool):
+def final_norm_kept(
+    vit: Transformer, sequences: tuple[Sequence, ...], width: int, *, on_gpu: bool
+) -> int:
     """Input and output of the final norm."""
     norm_input = FP32 if on_gpu else width
     return tokens_of(sequences) * (vit.dims * (norm_input + width) + 2 * FP32)
 
 
-def head_kept(head: Head, rows: int, width: int, *, gathered_input: bool) -> int:
-    """What a head keeps up to the bottleneck: two matrices for each hidden layer, and the
-    bottleneck before and after its normalisation.
+def head_kept(head: Head, rows: int, width: int) -> int:
+    """What a head keeps up to the bottleneck: its input, two matrices for each hidden layer, and
+    the bottleneck before and after its normalisation.
     """
-    inputs = head.widths[0] if gathered_input else 0
     hidden = sum(head.widths[1:-1])
     # Autocast divides by an fp32 norm, and the next product takes a 16-bit copy.
     normalised = 2 if width == FP32 else 4
-    return rows * (inputs + 2 * hidden + normalised * head.bottleneck) * width
+    return rows * (head.widths[0] + 2 * hidden + normalised * head.bottleneck) * width
 
 
 def _attention_statistics(

@@ -167,15 +167,15 @@ def _student(work: Workload, option: Option, *, on_gpu: bool) -> _Kept:
         cached_casts = sum(weights[: vit.num_layers]) * width - block_casts
         head_casts = sum(weights[vit.num_layers :]) * width
     cls_rows = work.num_global + work.num_local
-    heads = act.head_kept(work.dino_head, cls_rows, width, gathered_input=True)
-    heads += act.head_kept(work.ibot_head, work.crops.num_masked, width, gathered_input=True)
+    heads = act.head_kept(work.dino_head, cls_rows, width)
+    heads += act.head_kept(work.ibot_head, work.crops.num_masked, width)
     patches = sum(i * (t - vit.num_prefix) for i, t in sequences[:1]) * vit.dims * width
     return _Kept(
         per_block * vit.num_layers,
         act.block_saved(vit, sequences, width, on_gpu=on_gpu),
         act.block_recomputed(vit, sequences, width, option.recompute, on_gpu=on_gpu),
         act.block_working(vit, sequences, width, grad=True),
-        act.embedding_kept(vit, sequences, width, cast=width < FP32),
+        act.embedding_kept(vit, sequences, width),
         act.final_norm_kept(vit, sequences, width, on_gpu=on_gpu)
         + (patches if work.gram is not None else 0),
         heads + head_casts,

@@ -1,15 +1,17 @@
 """The choices that trade memory against time, and the config lines that make them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 
 from mmengine.config import Config
 
-from dinov3_mm.engine.dry_run.settle import FSDP2, strategy_name
+from dinov3_mm.engine.dry_run.settle import DDP, FSDP2, SINGLE, strategy_name
 
 RECOMPUTE = (False, "selective", True)
 CHUNK_SIZE = 16384
+_TYPES = {"single": SINGLE, "ddp": DDP, "fsdp2": FSDP2}
+_STRATEGY_KEYS = {"reshard": "reshard_after_forward", "num_replicas": "num_replicas"}
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,36 @@ class Option:
         """The strategy as a table shows it."""
         if self.strategy != "fsdp2":
             return {"single": "one process", "ddp": "DDP"}[self.strategy]
-        return "FSDP2" if self.reshard else "FSDP2, parameters stay gathered"
+        words = "FSDP2" if self.reshard else "FSDP2, parameters stay gathered"
+        return words if self.num_replicas == 1 else f"{words}, {self.num_replicas} replicas"
 
-    def config_lines(self) -> list[str]:
-        """What to set in the config."""
-        dtype = {2: "bf16", 4: "fp32"}
-        kinds = {"single": "PretrainStrategy", "ddp": "PretrainDDPStrategy"}
-        arguments = f"type={kinds.get(self.strategy, FSDP2)!r}"
-        if self.is_sharded:
-            arguments += f", param_dtype={dtype[self.param_bytes]!r}"
-            arguments += f", reshard_after_forward={self.reshard}"
-            if self.num_replicas > 1:
-                arguments += f", num_replicas={self.num_replicas}"
-        return [
-            f"strategy = dict({arguments})",
-            f"model = dict(prototype_chunk_size={self.chunk_size}, "
-            f"backbone=dict(with_cp={self.recompute!r}))",
-        ]
+    def config_lines(self, own: "Option") -> list[str]:
+        """What to set in a config that makes the choice ``own``."""
+        changes = {
+            name: value for name, value in asdict(self).items() if value != getattr(own, name)
+        }
+        strategy = {
+            _STRATEGY_KEYS[name]: changes[name] for name in _STRATEGY_KEYS if name in changes
+        }
+        if "strategy" in changes:
+            strategy = {"_delete_": True, "type": _TYPES[self.strategy]}
+            if self.is_sharded:
+                strategy["param_dtype"] = {2: "bf16", 4: "fp32"}[self.param_bytes]
+                strategy["reshard_after_forward"] = self.reshard
+                strategy["num_replicas"] = self.num_replicas
+        model = {}
+        if "chunk_size" in changes:
+            model["prototype_chunk_size"] = self.chunk_size
+        if "recompute" in changes:
+            model["backbone"] = {"with_cp": self.recompute}
+        parts = {"strategy": strategy, "model": model}
+        return [f"{name} = {_as_call(part)}" for name, part in parts.items() if part]
+
+
+def _as_call(value: object) -> str:
+    if not isinstance(value, dict):
+        return repr(value)
+    return f"dict({', '.join(f'{key}={_as_call(item)}' for key, item in value.items())})"
 
 
 def option_of(cfg: Config, world_size: int) -> Option:
@@ -82,18 +97,32 @@ def option_of(cfg: Config, world_size: int) -> Option:
     )
 
 
-def all_options(cfg: Config, world_size: int) -> Iterator[Option]:
-    """The config's own choice first, then every combination that is worth a look."""
+def all_options(cfg: Config, world_size: int, gpus_per_node: int = 8) -> Iterator[Option]:
+    """The config's own choice first, then every combination that is worth a look.
+
+    FSDP2 is tried over all ranks, with gathered parameters kept, and in shards within a machine.
+    """
     own = option_of(cfg, world_size)
     yield own
     compute = 2 if cfg.model.get("compute_dtype", "fp32") == "bf16" else 4
-    sharded = {"param_bytes": own.param_bytes if own.is_sharded else compute}
-    sharded["num_replicas"] = own.num_replicas
+    param_bytes = own.param_bytes if own.is_sharded else compute
     ways = [{"strategy": "single" if world_size == 1 else "ddp"}]
     if world_size > 1:
-        ways += [{"strategy": "fsdp2", "reshard": stay, **sharded} for stay in (False, True)]
+        nodes, rest = divmod(world_size, gpus_per_node)
+        replicas = [1, nodes] if nodes > 1 and not rest else [1]
+        ways += [
+            {
+                "strategy": "fsdp2",
+                "reshard": not stay,
+                "num_replicas": n,
+                "param_bytes": param_bytes,
+            }
+            for n in dict.fromkeys([own.num_replicas, *replicas])
+            for stay in (True, False)
+        ]
     chunk = own.chunk_size or CHUNK_SIZE
     for way, recompute, size in product(ways, RECOMPUTE, (None, chunk)):
-        option = Option(recompute=recompute, chunk_size=size, **way)
+        reduce_bytes = own.reduce_bytes if way["strategy"] == "fsdp2" else 4
+        option = Option(recompute=recompute, chunk_size=size, reduce_bytes=reduce_bytes, **way)
         if option != own:
             yield option

@@ -1,0 +1,60 @@
+"""Which strategy fits: ``python tools/plan.py CONFIG --gpus 8 64 256 --gpu-memory 80``.
+
+Predicts memory, operations and communication of a training step from shapes, in seconds and without
+data, weights or GPU. ``tools/train.py CONFIG --dry-run`` runs the step itself on fake tensors.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+
+import dinov3_mm  # noqa: F401  (registers what configs name)
+from dinov3_mm.engine import ConfigError, apply_options, parse_options, set_data
+from dinov3_mm.engine.dry_run.report import make_console
+from dinov3_mm.engine.plan import make_plan, print_plan
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Predict memory, work and traffic of a config.")
+    parser.add_argument("config", help="pretraining config")
+    parser.add_argument("--gpus", type=int, nargs="+", required=True, metavar="N")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    parser.add_argument("--data", metavar="DIR", help="folder of images, for values 'auto'")
+    parser.add_argument(
+        "--num-images", type=int, metavar="N", help="size of the data set, for values 'auto'"
+    )
+    parser.add_argument(
+        "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override config values"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    MMLogger.get_current_instance().setLevel(logging.WARNING)
+    cfg = Config.fromfile(args.config)
+    if args.data is not None:
+        set_data(cfg, args.data)
+    apply_options(cfg, parse_options(args.cfg_options))
+    console = make_console()
+    for gpus in args.gpus:
+        plan = make_plan(
+            cfg,
+            gpus,
+            num_images=args.num_images,
+            memory_gib=args.gpu_memory,
+            gpus_per_node=args.gpus_per_node,
+        )
+        print_plan(plan, args.gpu_memory, args.gpus_per_node, console)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"{sys.argv[1]}: {error}")
