@@ -2,7 +2,7 @@
 
 Fake tensors of a CUDA device cannot go through a backward pass on a machine without one. A dry run
 therefore uses fake CPU tensors, and in this context everything that the package does differently on
-the CPU is done as on a GPU.
+the CPU is done as on a GPU, unless the paths of the CPU are asked for.
 """
 
 import importlib
@@ -24,9 +24,9 @@ _REPLACED: tuple[tuple[str, str, Any], ...] = (
     ("dinov3_mm.models.layers.linear", "_suits_onednn", lambda x, weight: False),
     ("dinov3_mm.models.layers.fp8", "_scaled_product", lambda a, sa, b, sb: _fp8_product(a, b)),
     ("dinov3_mm.models.losses.soft_cross_entropy", "CPU_CHUNK", _LOSS.DEVICE_CHUNK),
-    # Clipping without a look at the norm.
-    ("dinov3_mm.engine.optim.wrapper", "_is_known_to_fit", lambda norm, limit: False),
 )
+# Clipping without a look at the norm, which has no value.
+_NO_LOOK = ("dinov3_mm.engine.optim.wrapper", "_is_known_to_fit", lambda norm, limit: False)
 # Class and method: inference on few images at a time.
 _WHOLE_BATCHES = (
     ("dinov3_mm.models.backbones.vit_trunk", "ViTTrunk", "_max_chunk_rows"),
@@ -35,11 +35,18 @@ _WHOLE_BATCHES = (
 
 
 @contextmanager
-def accelerator_paths() -> Iterator[None]:
-    """Context in which CPU tensors take the way of tensors on a GPU with NCCL."""
+def accelerator_paths(on_gpu: bool = True) -> Iterator[None]:
+    """Context in which CPU tensors take the way of tensors on a GPU with NCCL.
+
+    Args:
+        on_gpu: False leaves them the way of the CPU, except that nothing looks at values.
+    """
     with ExitStack() as stack:
-        for module, name, value in _REPLACED:
+        for module, name, value in (_NO_LOOK, *(_REPLACED if on_gpu else ())):
             stack.enter_context(_replaced(importlib.import_module(module), name, value))
+        if not on_gpu:
+            yield
+            return
         for module, owner, name in _WHOLE_BATCHES:
             target = getattr(importlib.import_module(module), owner)
             stack.enter_context(_replaced(target, name, lambda self, x: None))

@@ -53,6 +53,7 @@ def dry_run(
     *,
     num_images: int | None = None,
     memory_gib: float | None = None,
+    on_gpu: bool = True,
 ) -> DryRunReport:
     """Check a pretraining config and run one step of each set of crop sizes on fake tensors.
 
@@ -61,6 +62,7 @@ def dry_run(
         world_size: number of ranks that would train.
         num_images: size of the data set, for values 'auto'; None counts the config's source.
         memory_gib: memory of a GPU, for values 'auto'.
+        on_gpu: take the code paths of a GPU, otherwise those of a CPU.
 
     Raises:
         ConfigError: a config that so many ranks cannot train.
@@ -69,7 +71,7 @@ def dry_run(
             group already.
     """
     ranks = world_size if needs_process_group(cfg, world_size) else None
-    with fake_ranks(ranks), accelerator_paths():
+    with fake_ranks(ranks), accelerator_paths(on_gpu):
         derived = settle_config(cfg, world_size, num_images=num_images, memory_gib=memory_gib)
         sets = crop_sets(cfg, world_size)
         model = build_on_meta(cfg)
@@ -84,7 +86,16 @@ def dry_run(
             _fill_teachers(algorithm, schedules)
             channels = len(algorithm.data_preprocessor.statistics[0])
             steps = [
-                run_step(model, optim_wrapper, cfg, crops, schedules, ledger, channels=channels)
+                run_step(
+                    model,
+                    optim_wrapper,
+                    cfg,
+                    crops,
+                    schedules,
+                    ledger,
+                    channels=channels,
+                    on_gpu=on_gpu,
+                )
                 for crops in sets
             ]
         backbone = algorithm.student.backbone

@@ -58,7 +58,7 @@ def read_schedules(cfg: Config, model: nn.Module, layout: BatchLayout) -> Schedu
     """Build the schedules of the config's hooks, with the hooks' own checks.
 
     Raises:
-        ConfigError: an argument that a hook or schedule refuses.
+        ConfigError: an argument that a hook or schedule refuses, or no ``TeacherEMAHook``.
     """
     max_iters = cfg.train_cfg["max_iters"]
     found = Schedules(max_iters)
@@ -81,6 +81,11 @@ def read_schedules(cfg: Config, model: nn.Module, layout: BatchLayout) -> Schedu
                 _READERS[kind](found, hook, runner)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"custom_hooks.{index}: {error}") from error
+    if TeacherEMAHook not in found.hooks:
+        raise ConfigError(
+            "custom_hooks: training needs dict(type='TeacherEMAHook', momentum=..., "
+            "teacher_temp=...)"
+        )
     return found
 
 

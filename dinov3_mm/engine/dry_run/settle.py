@@ -6,6 +6,7 @@ from dinov3_mm.engine.autoscale import DataFacts, resolve_auto
 from dinov3_mm.engine.autoscale.facts import auto_places
 from dinov3_mm.engine.autoscale.rules import held_out_every
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
+from dinov3_mm.engine.starting_point import settle_data
 from dinov3_mm.evaluation.held_out import HeldOutSplit
 
 SINGLE = "PretrainStrategy"
@@ -73,7 +74,8 @@ def settle_config(
 def _derive(
     cfg: Config, world_size: int, num_images: int | None, memory_gib: float | None
 ) -> list[str]:
-    if not auto_places(cfg):
+    # How many images are held out changes no step.
+    if all(place.endswith(".every") for place in auto_places(cfg)):
         return []
     data = None if num_images is None else DataFacts(num_images, num_images, None)
     source = cfg.train_dataloader.get("source", {})
@@ -81,6 +83,8 @@ def _derive(
         every = held_out_every(num_images).value
         data = DataFacts(num_images, num_images - num_images // every, every)
     try:
+        if data is None:
+            settle_data(cfg)
         return resolve_auto(cfg, world_size=world_size, data=data, memory_gib=memory_gib)
     except ConfigError as error:
         if num_images is not None:

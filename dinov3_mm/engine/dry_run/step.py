@@ -59,6 +59,7 @@ def run_step(
     ledger: MemoryLedger,
     *,
     channels: int,
+    on_gpu: bool = True,
 ) -> StepRecord:
     """Run forward, backward, clipping, optimizer and EMA of the last iteration.
 
@@ -70,6 +71,7 @@ def run_step(
         schedules: give the step its values.
         ledger: has booked model and optimizer, and is active.
         channels: of the images.
+        on_gpu: update the teacher as on a GPU.
 
     Raises:
         ConfigError: The model refuses the batch.
@@ -99,8 +101,9 @@ def run_step(
                 model.train_step(batch, optim_wrapper)
             ledger.phase = log.phase = "EMA update"
             momentum = schedules.values["momentum"](last)
-            # As TeacherEMAHook does on a GPU.
-            algorithm.update_teacher(torch.where(optim_wrapper.step_skipped, 1.0, momentum))
+            # TeacherEMAHook asks on the device whether the step was skipped, or on the CPU.
+            skipped = optim_wrapper.step_skipped
+            algorithm.update_teacher(torch.where(skipped, 1.0, momentum) if on_gpu else momentum)
     except DataDependentOutputException as error:
         raise UnpredictableStepError(
             f"the step reads a value of a tensor ({error.func}), which would also make the host "

@@ -1,0 +1,52 @@
+"""The same step on real tensors in this process, with torch's own account of its memory."""
+
+import gc
+
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from dinov3_mm.engine.dry_run.batches import crop_sets, make_batch
+from dinov3_mm.engine.dry_run.settle import settle_config
+
+MEASURED = "measured step"
+
+
+def measured_peak(cfg: Config) -> int:
+    """Bytes that torch's CPU allocator has given out at the fullest moment of a second step.
+
+    The profiler records every allocation of the allocator, those inside of operators included.
+    Model, optimizer and batch are built within the recording, so the sum starts at zero.
+    """
+    settle_config(cfg, 1, num_images=100_000)
+    (crops,) = crop_sets(cfg, 1)
+    gc.collect()
+    settings = dict(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    with profile(**settings) as recorded:
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+        model.train()
+        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        batch = make_batch(cfg, crops, channels=3)
+        for name in ("first step", MEASURED):
+            with record_function(name):
+                model.set_step(teacher_temp=0.07)
+                model.train_step(batch, wrapper)
+                model.update_teacher(0.99)
+    return _peak(recorded)
+
+
+def _peak(recorded: profile) -> int:
+    events = recorded.profiler.kineto_results.events()
+    step = next(event for event in events if event.name() == MEASURED)
+    changes = sorted(
+        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"),
+        key=lambda change: change[0],
+    )
+    total = peak = 0
+    for time, size in changes:
+        total += size
+        if step.start_ns() <= time <= step.end_ns():
+            peak = max(peak, total)
+    return peak

@@ -1,0 +1,170 @@
+"""The plan against counts of real models, fake steps, and torch's counter of operations."""
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+import dinov3_mm.engine.dry_run.run as dry_run_module
+from dinov3_mm.engine import ConfigError
+from dinov3_mm.engine.dry_run import dry_run
+from dinov3_mm.engine.plan import make_plan
+from dinov3_mm.engine.plan.flops import block_flops
+from tests.engine.dry_run.toys import toy_config
+
+FSDP2 = dict(type="FSDP2Strategy")
+GRAM = dict(
+    model__gram=dict(weight=1.0),
+    train_dataloader__transform__gram_size=48,
+)
+
+
+def config(**changes):
+    cfg = toy_config(**changes)
+    if cfg.model.get("gram"):
+        cfg.custom_hooks.append(dict(type="GramAnchorHook", load_ema_at=0))
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (1, dict()),
+        (2, dict()),
+        (1, GRAM),
+        (8, dict(strategy=FSDP2)),
+        (256, dict(strategy=FSDP2, global_batch_size=512, **GRAM)),
+        (8, dict(strategy=dict(type="FSDP2Strategy", num_replicas=2))),
+    ],
+)
+def test_state_is_counted_exactly(world_size, changes):
+    found = dry_run(config(**changes), world_size).steps[0].resident
+    planned = make_plan(config(**changes), world_size).options[0].memory.resident
+    assert planned["student"] == found["parameters (student)"]
+    assert planned["teacher"] == found["EMA teacher"]
+    assert planned.get("gram_teacher") == found.get("Gram teacher")
+    assert planned["optimizer"] == found["optimizer state"]
+    if "gradients" in planned:
+        assert planned["gradients"] == found["gradients"]
+
+
+# A width and a batch at which activations and logits count.
+LARGER = dict(
+    model__backbone__arch=dict(embed_dims=128, num_layers=6, num_heads=4),
+    model__dino_head__num_prototypes=2048,
+    model__ibot_head__num_prototypes=2048,
+    global_batch_size=64,
+)
+OPTIONS = {
+    "plain": (1, dict()),
+    "bf16": (1, dict(model__compute_dtype="bf16")),
+    "selective": (1, dict(model__backbone__with_cp="selective")),
+    "everything": (1, dict(model__backbone__with_cp=True, model__compute_dtype="bf16")),
+    "chunks": (1, dict(model__prototype_chunk_size=512)),
+    "stochastic depth": (1, dict(model__backbone__drop_path_rate=0.3)),
+    "SwiGLU": (1, dict(model__backbone__ffn_layer="swiglu", model__backbone__ffn_ratio=6.0)),
+    "Gram": (1, GRAM),
+    "DDP": (2, dict(model__compute_dtype="bf16")),
+    "micro batches": (2, dict(train_cfg__accumulate=2)),
+    "FSDP2": (2, dict(strategy=dict(param_dtype="bf16", **FSDP2), model__compute_dtype="bf16")),
+    "gathered": (2, dict(strategy=dict(reshard_after_forward=False, **FSDP2))),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_peak_is_that_of_the_fake_step(name):
+    world_size, changes = OPTIONS[name]
+    changes = {**LARGER, **changes}
+    found = dry_run(config(**changes), world_size).steps[0].peak
+    memory = make_plan(config(**changes), world_size).options[0].memory
+    assert memory.peak == pytest.approx(found.total, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["plain", "chunks", "stochastic depth", "SwiGLU", "Gram"])
+def test_operations_are_those_that_torch_counts(name, monkeypatch):
+    _, changes = OPTIONS[name]
+    counter = FlopCounterMode(display=False)
+    run_step = dry_run_module.run_step
+
+    def counted(*args, **kwargs):
+        with counter:
+            return run_step(*args, **kwargs)
+
+    monkeypatch.setattr(dry_run_module, "run_step", counted)
+    changes = {**LARGER, **changes}
+    dry_run(config(**changes), 1)
+    planned = make_plan(config(**changes), 1).options[0].total_flops
+    # The counter does not know attention on a CPU; what is left is what the plan counts.
+    attention = _attention(config(**changes))
+    assert planned - attention == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def _attention(cfg) -> float:
+    work = make_plan(cfg, 1).options[0].work
+    student = block_flops(work.backbone, work.backbone.kept(work.student_sequences))[1]
+    teacher = block_flops(work.backbone, work.teacher_sequences)[1]
+    gram = block_flops(work.backbone, work.gram_sequences)[1]
+    return student + student * 5 // 2 + teacher + gram
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(train_cfg__accumulate=2),
+        dict(strategy=FSDP2),
+        dict(strategy=dict(type="FSDP2Strategy", param_dtype="bf16", reshard_after_forward=False)),
+        dict(strategy=dict(type="FSDP2Strategy", num_replicas=2)),
+        dict(strategy=FSDP2, model__prototype_chunk_size=7),
+        dict(strategy=FSDP2, **GRAM),
+    ],
+)
+def test_traffic_is_that_of_the_fake_step(changes):
+    changes = {"global_batch_size": 16, **changes}
+    found: dict[str, int] = {}
+    for entry, _, size in dry_run(config(**changes), 4).steps[0].collectives:
+        if entry.purpose != "gradient norm":
+            found[entry.operation] = found.get(entry.operation, 0) + size
+    planned: dict[str, int] = {}
+    for row in make_plan(config(**changes), 4).options[0].traffic:
+        planned[row.operation] = planned.get(row.operation, 0) + row.size
+    assert planned == found
+
+
+def test_cheapest_option_is_one_that_fits():
+    plan = make_plan(config(**LARGER, model__compute_dtype="bf16"), 8)
+    peaks = sorted(each.memory.peak for each in plan.options)
+    roomy, tight = plan.cheapest(10 * peaks[-1]), plan.cheapest(1.2 * peaks[0])
+    assert roomy.option.recompute is False and roomy.option.chunk_size is None
+    assert roomy.option.strategy == "ddp"
+    assert tight.memory.peak <= 0.9 * 1.2 * peaks[0] < roomy.memory.peak
+    assert plan.cheapest(peaks[0]) is None
+
+
+def test_config_lines_make_the_option():
+    base = config(**LARGER, model__compute_dtype="bf16")
+    plan = make_plan(base, 16, gpus_per_node=8)
+    own = plan.options[0]
+    assert own.option.config_lines(own.option) == []
+    other = next(
+        each
+        for each in plan.options
+        if each.option.recompute is True and each.option.num_replicas == 2
+    )
+    changed = config(**LARGER, model__compute_dtype="bf16")
+    namespace: dict = {}
+    for line in other.option.config_lines(own.option):
+        exec(line, {}, namespace)
+    changed.merge_from_dict({"strategy": {}})
+    strategy = namespace["strategy"]
+    assert strategy.pop("_delete_") is True
+    changed.strategy = strategy
+    changed.merge_from_dict({"model": namespace["model"]})
+    assert make_plan(changed, 16).options[0].memory.peak == other.memory.peak
+
+
+def test_backbones_without_a_formula_are_named():
+    cfg = config()
+    cfg.model.backbone = dict(type="DINOv3ConvNeXt", arch="tiny")
+    cfg.model.mask_student = False
+    cfg.train_dataloader.transform.update(global_size=64, local_size=32)
+    with pytest.raises(ConfigError, match="not of DINOv3ConvNeXt"):
+        make_plan(cfg, 1)
