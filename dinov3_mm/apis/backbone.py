@@ -1,6 +1,5 @@
 """The backbone behind an extractor: from a name, a weight file or a module, with its statistics."""
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ import torch
 from torch import nn
 
 from dinov3_mm.checkpoints import Statistics, build_backbone, read_statistics
+from dinov3_mm.checkpoints.fingerprint import fingerprint
 from dinov3_mm.checkpoints.released import released_file
-from dinov3_mm.models.backbones.zoo import ZOO, ZooRow
-
-_SAMPLES_PER_TENSOR = 1024
+from dinov3_mm.models.backbones.zoo import ZooRow, zoo_row
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def open_backbone(
         FileNotFoundError: If there are no such weights.
         ValueError: If the name is unknown, or the arguments exclude each other.
     """
-    row = _row(model) if isinstance(model, (str, os.PathLike)) else None
+    row = zoo_row(model) if isinstance(model, (str, os.PathLike)) else None
     if row is None and (weights is not None or random_init):
         raise ValueError(
             "weights and random_init belong to the name of an architecture; got "
@@ -79,28 +77,6 @@ def describe(module: nn.Module, origin: str) -> dict[str, Any]:
         "weights": origin,
         "fingerprint": fingerprint(module),
     }
-
-
-@torch.no_grad()
-def fingerprint(module: nn.Module) -> str:
-    """Hash of the names, shapes and up to 1024 values of every tensor of a module.
-
-    It is the same for the same weights in any file format, and takes no time for large models.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        step = max(1, tensor.numel() // _SAMPLES_PER_TENSOR)
-        values = tensor.detach().reshape(-1)[::step].double().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _row(name: str | os.PathLike) -> ZooRow | None:
-    name = os.fspath(name)
-    if name in ZOO:
-        return ZOO[name]
-    return next((row for row in ZOO.values() if row.official_name == name), None)
 
 
 def _statistics(weights: str | os.PathLike) -> Statistics | None:

@@ -9,9 +9,11 @@ from .io import atomic_write
 from .loading import ForeignCheckpoint, load_weights
 from .report import LoadReport
 from .statistics import Statistics, read_statistics
+from .weights_record import DINOv3Recorded
 
 __all__ = [
     "DINOv3Pretrained",
+    "DINOv3Recorded",
     "ForeignCheckpoint",
     "LoadReport",
     "Statistics",

@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 
-from ..models.backbones.zoo import ZOO, ZooRow
+from ..models.backbones.zoo import ZOO, zoo_row
 from ..suggest import hint
 from .adapter_exports import build_adapter
 from .download import is_url
@@ -69,7 +69,7 @@ def build_backbone(
     """
     options = {"periods": periods, "reset_bias_mask": reset_bias_mask}
     installing = {"allow_partial": allow_partial, "inflate": inflate}
-    row = _row(str(name_or_file))
+    row = zoo_row(str(name_or_file))
     if row is not None:
         if weights is None and reset_bias_mask:
             raise ValueError("reset_bias_mask=True needs weights; a fresh backbone has 1/0/1")
@@ -86,13 +86,6 @@ def build_backbone(
         return adapter
     checkpoint = load_weights(name_or_file, **options)
     return build_from_checkpoint(checkpoint, checkpoint.arch, **installing, **overrides)
-
-
-def _row(name: str) -> ZooRow | None:
-    if name in ZOO:
-        return ZOO[name]
-    # An official hub name stands for the first row that carries it, the web images.
-    return next((row for row in ZOO.values() if row.official_name == name), None)
 
 
 def _check_file(name_or_file: str | os.PathLike) -> None:

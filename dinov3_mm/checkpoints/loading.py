@@ -14,7 +14,7 @@ from .download import local_path
 from .layouts import Layout
 from .opening import open_checkpoint
 from .qkv_bias import reset_bias_masks
-from .released import check_released
+from .released import check_released, located
 from .report import LoadReport
 from .selecting import select_backbone
 from .statistics import Statistics, find_statistics
@@ -66,7 +66,8 @@ def load_weights(
     file is executed.
 
     Args:
-        path: file, folder, http(s) URL, or hub name (``owner/name``); see :func:`local_path`.
+        path: file, folder, http(s) URL, or hub name (``owner/name``), see :func:`local_path`; or
+            the name of a released checkpoint, see :func:`released_file`.
         heads: also return the projection heads that lie beside the backbone.
         periods: 'file' for the RoPE periods of the official files: as stored, or rounded to bf16
             where the source (Hugging Face, timm) stores none; 'exact' for unrounded ones, with
@@ -83,7 +84,7 @@ def load_weights(
             finite, is not the released file whose name it has, or lacks the heads that were asked
             for.
     """
-    path = local_path(path)
+    path = local_path(located(path))
     opened = open_checkpoint(path)
     check_released(path)
     selection = select_backbone(opened.names, str(path))

@@ -1,14 +1,25 @@
 """The files of the released checkpoints: where they lie, and whether they are what they say."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
 
-from ..models.backbones.zoo import ZOO, ZooRow
+from ..models.backbones.zoo import ZOO, ZooRow, zoo_row
 from .download import local_path
 
 _CHUNK_BYTES = 2**22
+
+
+def located(weights: str | os.PathLike) -> str | os.PathLike:
+    """Path of the file for which a released checkpoint's name stands; anything else as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`released_file`.
+    """
+    row = None if Path(weights).exists() else zoo_row(os.fspath(weights))
+    return weights if row is None else released_file(row)
 
 
 def released_file(row: ZooRow) -> Path:

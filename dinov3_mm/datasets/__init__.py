@@ -6,6 +6,7 @@ from dinov3_mm.datasets.masking import MaskPlanner, block_mask
 from dinov3_mm.datasets.multi_crop_dataset import MultiCropDataset
 from dinov3_mm.datasets.randomness import Permutation, sample_generator, torch_seed
 from dinov3_mm.datasets.samplers import BatchLayout, PositionBatchSampler
+from dinov3_mm.datasets.scene_tasks import SyntheticScenesTask
 from dinov3_mm.datasets.sources import (
     BatchMixture,
     BrokenImageError,
@@ -18,7 +19,7 @@ from dinov3_mm.datasets.sources import (
 )
 from dinov3_mm.datasets.statistics import ChannelStatistics, channel_statistics
 from dinov3_mm.datasets.synthetic_scenes import SyntheticScenes
-from dinov3_mm.datasets.transforms import MultiCrop, MultiResolutionCrop
+from dinov3_mm.datasets.transforms import LoadMissingImage, MultiCrop, MultiResolutionCrop
 
 __all__ = [
     "BatchLayout",
@@ -28,6 +29,7 @@ __all__ = [
     "ImageFolder",
     "ImageList",
     "ImageSource",
+    "LoadMissingImage",
     "MMDatasetSource",
     "MaskPlanner",
     "MultiCrop",
@@ -39,6 +41,7 @@ __all__ = [
     "PretrainDataLoader",
     "ReadableSubset",
     "SyntheticScenes",
+    "SyntheticScenesTask",
     "WeightedConcat",
     "block_mask",
     "build_pretrain_dataloader",

@@ -6,6 +6,7 @@ from .distillation import DistillationHook
 from .evaluation import DenseProbeHook, KNNEvalHook, RetrievalEvalHook
 from .export import ExportTeacherHook
 from .folder_evaluation import FolderEvalHook, SummaryHook
+from .frozen_backbone import FrozenBackboneHook
 from .gram_anchor import GramAnchorHook
 from .guards import CollapseGuardHook, NonFiniteGuardHook
 from .logging import ProgressHook
@@ -20,6 +21,7 @@ __all__ = [
     "DistillationHook",
     "ExportTeacherHook",
     "FolderEvalHook",
+    "FrozenBackboneHook",
     "GramAnchorHook",
     "KNNEvalHook",
     "NonFiniteGuardHook",

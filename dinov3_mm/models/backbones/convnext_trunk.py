@@ -4,18 +4,18 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from mmengine.model import BaseModule
 from mmengine.model.weight_init import initialize
 from torch import Tensor, nn
 
 from ..layers import ConvNeXtBlock, LayerNorm, PatchConv2d
 from ..layers.recompute import check_mode, run_recomputed
+from .recorded_weights import RecordedWeights
 
 NUM_STAGES = 4
 _STEM_STRIDE = 4
 
 
-class ConvNeXtTrunk(BaseModule):
+class ConvNeXtTrunk(RecordedWeights):
     """Parameters and stages; :class:`DINOv3ConvNeXt` adds the interface.
 
     Args:

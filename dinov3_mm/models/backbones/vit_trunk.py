@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.model import BaseModule
 from mmengine.model.weight_init import initialize
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from ..layers import (
     ffn_hidden_dims,
 )
 from ..layers.recompute import check_mode, run_recomputed
+from .recorded_weights import RecordedWeights
 
 _SELF_INITIALISED = (PatchEmbed, RotaryEmbedding2D, LayerScale, LayerNorm, RMSNorm)
 _BLOCK_SETTINGS = (
@@ -42,7 +42,7 @@ _CHUNK_BYTES = 16 * 2**20
 Grid = tuple[int, int]  # rows and columns of patches
 
 
-class ViTTrunk(BaseModule):
+class ViTTrunk(RecordedWeights):
     """Parameters and forward pass on packed tokens; :class:`ViTInterface` adds the public methods.
 
     The tokens of all images of all entries form one matrix (sum of B * T, D), so that norms and

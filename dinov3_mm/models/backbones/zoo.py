@@ -167,3 +167,10 @@ ZOO: dict[str, ZooRow] = dict(
         _unreleased("giant2", "dinov3_vitgiant2_16", 1_134_577_152, 232.82),
     ]
 )
+
+
+def zoo_row(name: str) -> ZooRow | None:
+    """Row of a zoo name or of an official hub name, which stands for the web images."""
+    if name in ZOO:
+        return ZOO[name]
+    return next((row for row in ZOO.values() if row.official_name == name), None)

@@ -1,0 +1,14 @@
+# ViT-H+/16, frozen. For configs that put a head on it; see docs/hosts.md.
+num_layers = 32
+embed_dims = 1280
+four_layers = [7, 15, 23, 31]
+four_dims = [1280] * 4
+stride = 16
+mean = [123.675, 116.28, 103.53]
+std = [58.395, 57.12, 57.375]
+backbone = dict(
+    type='DINOv3ViT',
+    arch='huge_plus',
+    frozen_stages=num_layers,
+    init_cfg=dict(type='DINOv3Pretrained', checkpoint='dinov3_vith16plus_lvd1689m'),
+)

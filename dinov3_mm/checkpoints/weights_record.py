@@ -1,0 +1,106 @@
+"""The record that stands for a frozen backbone in a checkpoint, and the way back to its weights."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.registry import WEIGHT_INITIALIZERS
+from torch import Tensor, nn
+
+from ..models.backbones.zoo import zoo_row
+from .download import is_url
+from .fingerprint import fingerprint
+from .installing import load_backbone_weights
+from .model_hub import parse_hub_name
+from .released import located
+
+# Folder in which recorded weight files are looked for first, by their names.
+WEIGHTS_FOLDER = "DINOV3_MM_WEIGHTS"
+
+
+def make_record(module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint states about a backbone that it leaves out.
+
+    Args:
+        module: a backbone whose ``weights_origin`` is known.
+
+    Returns:
+        JSON values: class and architecture, the arguments of the initializer, the absolute path of
+        a local file, and a fingerprint of the tensors.
+    """
+    origin = dict(module.weights_origin)
+    source = os.fspath(origin.pop("checkpoint"))
+    return {
+        "backbone": type(module).__name__,
+        "arch": module.arch_settings,
+        "source": source if _is_name(source) else str(Path(source).expanduser().absolute()),
+        "options": origin,
+        "fingerprint": fingerprint(module),
+    }
+
+
+def record_to_tensor(record: dict[str, Any]) -> Tensor:
+    """The record as a uint8 tensor, so that a state dict can hold it."""
+    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+
+
+def record_from_tensor(tensor: Tensor) -> dict[str, Any]:
+    """Read what :func:`record_to_tensor` wrote."""
+    return json.loads(bytes(tensor.cpu().tolist()))
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class DINOv3Recorded:
+    """MMEngine initializer that loads the weights that a checkpoint's record names.
+
+    A file is looked for in the folder that the environment variable ``DINOV3_MM_WEIGHTS`` names,
+    then where it lay, then in torch hub's cache.
+
+    Args:
+        record: see :func:`record_to_tensor`.
+
+    Raises:
+        FileNotFoundError: On use, if the weights are nowhere.
+        ValueError: On use, if they do not fit, or are not those of the record.
+    """
+
+    def __init__(self, record: Tensor) -> None:
+        self.record = record_from_tensor(record)
+
+    def __call__(self, module: nn.Module) -> None:
+        """Load the weights into ``module`` and check that they are the recorded ones."""
+        source = _find(self.record["source"])
+        load_backbone_weights(module, source, **self.record["options"])
+        if fingerprint(module) != self.record["fingerprint"]:
+            raise ValueError(
+                f"the weights in {source} are not those of the frozen backbone on which this "
+                f"checkpoint was trained ({self.record['source']}): their values differ. Put the "
+                f"right file there, or name its folder in the environment variable {WEIGHTS_FOLDER}"
+            )
+        module.weights_origin = {"checkpoint": source, **self.record["options"]}
+
+
+def _is_name(source: str) -> bool:
+    """Whether a source is no path: a URL, a hub name, or a released checkpoint's name."""
+    if Path(source).expanduser().exists():
+        return False
+    return is_url(source) or parse_hub_name(source) is not None or zoo_row(source) is not None
+
+
+def _find(source: str) -> str | os.PathLike:
+    if _is_name(source):
+        return located(source)
+    name = Path(source).name
+    folders = [os.environ.get(WEIGHTS_FOLDER), Path(source).parent]
+    folders += [Path(torch.hub.get_dir()) / "checkpoints"]
+    places = [Path(folder).expanduser() / name for folder in folders if folder]
+    for place in places:
+        if place.exists():
+            return place
+    raise FileNotFoundError(
+        "this checkpoint holds a head that was trained on a frozen backbone, and the backbone's "
+        f"weights {name} are not at {', '.join(map(str, places))}. Put the file there, or name its "
+        f"folder in the environment variable {WEIGHTS_FOLDER}"
+    )

@@ -1,0 +1,144 @@
+"""SyntheticScenes with labels, as a data set of mmpretrain, mmseg or mmdet."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS
+
+from dinov3_mm.datasets.synthetic_scenes import SyntheticScenes
+from dinov3_mm.suggest import hint
+
+_SURROUNDINGS = "surroundings"
+
+
+@DATASETS.register_module()
+class SyntheticScenesTask(BaseDataset):
+    """Rendered scenes with the ground truth of one downstream task; nothing lies on disk.
+
+    A sample carries ``img`` (BGR, uint8), ``img_path`` (a name, no file), ``img_id``, its sizes
+    and, as the hosts name them:
+
+    - 'classification': ``gt_label``, the category of the largest object;
+    - 'segmentation': ``gt_seg_map``, categories from 1 on, 0 for the surroundings;
+    - 'detection': ``instances`` of the visible objects with box and run-length-encoded mask;
+    - 'depth': ``gt_depth_map``, float32, in world units from 1 to 6.
+
+    A pipeline begins with ``LoadMissingImage``, so that it also serves image files.
+
+    Args:
+        task: one of the four.
+        length, seed, start, image_size: see :class:`SyntheticScenes`.
+        pipeline, test_mode, lazy_init, filter_cfg, metainfo: as in every data set of MMEngine;
+            there is nothing to filter.
+
+    Raises:
+        ValueError: for another task.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        length: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        image_size: int = 96,
+        pipeline: list[dict | Callable] = (),
+        test_mode: bool = False,
+        lazy_init: bool = False,
+        filter_cfg: dict | None = None,
+        metainfo: dict | None = None,
+    ) -> None:
+        if task not in _TRUTHS:
+            raise ValueError(f"task is {task!r}; {hint(task, _TRUTHS)}")
+        self.task = task
+        self.scenes = SyntheticScenes(length, seed=seed, start=start, image_size=image_size)
+        super().__init__(
+            metainfo={**_metainfo(task), **(metainfo or {})},
+            data_root="",
+            filter_cfg=filter_cfg,
+            pipeline=list(pipeline),
+            test_mode=test_mode,
+            lazy_init=lazy_init,
+        )
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Names only; scenes are painted when they are asked for."""
+        side = self.scenes.image_size
+        return [
+            {"img_path": self.scenes.path(i), "img_id": i, "height": side, "width": side}
+            for i in range(len(self.scenes))
+        ]
+
+    def get_data_info(self, idx: int) -> dict[str, Any]:
+        """A sample with image and truth."""
+        info = super().get_data_info(idx)
+        image = np.ascontiguousarray(self.scenes.load_image(info["img_id"])[..., ::-1])
+        size = image.shape[:2]
+        truth = _TRUTHS[self.task](self.scenes, info["img_id"])
+        return {**info, "img": image, "img_shape": size, "ori_shape": size, **truth}
+
+    def get_cat_ids(self, idx: int) -> list[int]:
+        """Categories in a sample, for samplers that balance them."""
+        return sorted({item.category for item in self.scenes.scene(idx).objects})
+
+
+def _metainfo(task: str) -> dict[str, Any]:
+    names = SyntheticScenes.classes
+    if task == "depth":
+        return {}
+    classes = (_SURROUNDINGS, *names) if task == "segmentation" else names
+    hues = np.linspace(0, 1, len(names), endpoint=False)
+    colours = [_colour(hue) for hue in hues]
+    return {
+        "classes": tuple(classes),
+        "palette": [[40, 40, 40], *colours] if task == "segmentation" else colours,
+    }
+
+
+def _colour(hue: float) -> list[int]:
+    ramp = np.mod(np.array([5.0, 3.0, 1.0]) + hue * 6.0, 6.0)
+    return [int(value) for value in 255 * (1 - 0.8 * np.clip(np.minimum(ramp, 4 - ramp), 0, 1))]
+
+
+def _label(scenes: SyntheticScenes, index: int) -> dict[str, Any]:
+    return {"gt_label": np.array(scenes.label(index), np.int64)}
+
+
+def _segments(scenes: SyntheticScenes, index: int) -> dict[str, Any]:
+    return {
+        "gt_seg_map": scenes.semantic_mask(index).astype(np.uint8),
+        "seg_fields": ["gt_seg_map"],
+        "reduce_zero_label": False,
+    }
+
+
+def _depth(scenes: SyntheticScenes, index: int) -> dict[str, Any]:
+    return {"gt_depth_map": scenes.depth(index), "seg_fields": ["gt_depth_map"]}
+
+
+def _instances(scenes: SyntheticScenes, index: int) -> dict[str, Any]:
+    from pycocotools.mask import encode  # comes with mmdet
+
+    found = scenes.instances(index)
+    return {
+        "instances": [
+            {
+                "bbox": box.tolist(),
+                "bbox_label": int(label),
+                "ignore_flag": 0,
+                "mask": encode(np.asfortranarray(mask.astype(np.uint8))),
+            }
+            for box, label, mask in zip(found["boxes"], found["labels"], found["masks"])
+        ]
+    }
+
+
+_TRUTHS: dict[str, Callable[[SyntheticScenes, int], dict[str, Any]]] = {
+    "classification": _label,
+    "segmentation": _segments,
+    "detection": _instances,
+    "depth": _depth,
+}
