@@ -1,6 +1,7 @@
 """Schedules, parameter groups and the optimizer wrapper of DINOv3 pretraining."""
 
 from .constructor import PretrainOptimConstructor
+from .layer_decay import LayerDecayOptimConstructor
 from .param_groups import BACKBONE, ParamMultipliers, build_param_groups, param_multipliers
 from .schedule_config import build_schedule, lr_scale, scale_lr_schedule
 from .schedules import (
@@ -16,6 +17,7 @@ __all__ = [
     "BACKBONE",
     "ConstantSchedule",
     "CosineSchedule",
+    "LayerDecayOptimConstructor",
     "LinearSchedule",
     "ParamMultipliers",
     "PretrainOptimConstructor",

@@ -36,6 +36,11 @@ class ParamMultipliers:
     is_last_layer: bool
 
 
+def plain_name(name: str) -> str:
+    """Parameter name without what recomputation, compilation and sharding put into it."""
+    return _WRAPPERS.sub("", name)
+
+
 def param_multipliers(
     name: str,
     *,
@@ -92,7 +97,7 @@ def build_param_groups(module: nn.Module, submodule: str, **settings: float) -> 
     groups: dict[ParamMultipliers, list] = {}
     for name, param in module.named_parameters():
         if param.requires_grad:
-            name = _WRAPPERS.sub("", name)
+            name = plain_name(name)
             multipliers = param_multipliers(name, depth=depth, **settings)
             groups.setdefault(multipliers, []).append((f"{submodule}.{name}", param))
     return [
