@@ -30,7 +30,7 @@ class PretrainLoop(BaseLoop):
         runner (FlexibleRunner): The runner.
         dataloader (dict): Config for :func:`build_pretrain_dataloader`.
         max_iters (int): Optimizer steps of the whole run.
-        global_batch_size (int): Images of one optimizer step, over all processes.
+        global_batch_size (int): Images of one optimizer step, over all processes and micro batches.
         accumulate (int): Micro batches per step. Sinkhorn-Knopp and KoLeo see one micro batch.
         surplus (bool): Allow a batch that the processes do not divide; each then reads one image
             more than its share, and the surplus is dropped. For students in rank groups.
@@ -97,6 +97,7 @@ class PretrainLoop(BaseLoop):
         """Train to ``max_iters`` or until a hook sets ``stop_training``; return the model."""
         runner = self.runner
         self._check_channels()
+        runner.logger.info(_batch_in_words(self.layout))
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
         # The loader was built before the checkpoint was read, and the optimizer wrapper was told of
@@ -155,6 +156,20 @@ class PretrainLoop(BaseLoop):
         """Stochastic depth and RoPE augmentation: different per rank, the same after a resume."""
         position = self.layout.first_position(0, 0, self.runner.rank)
         torch.manual_seed(torch_seed(self.runner.seed, self._iter, position))
+
+
+def _batch_in_words(layout: BatchLayout) -> str:
+    """How the global batch is cut."""
+    rest = layout.rank_batch_size * layout.world_size - layout.micro_batch_size
+    line = (
+        f"batch: {layout.global_batch_size} images per optimizer step = {layout.accumulate} "
+        f"(micro batches) x {layout.world_size} (processes) x {layout.rank_batch_size} (images)"
+    )
+    if rest:
+        line += f", of which {rest} of each micro batch are surplus"
+    if layout.accumulate > 1:
+        line += f"; Sinkhorn-Knopp and KoLeo see {layout.micro_batch_size} images at a time"
+    return line
 
 
 def _mean(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,21 +1,26 @@
 """One process against several gloo ranks on the same global batch: losses and parameters.
 
-    python -m tests.acceptance.rank_parity [--ranks 2 3 4] [--iters 20] [--strategy ddp fsdp2 ...]
+    python -m tests.acceptance.rank_parity [--ranks 2 3 4] [--iters 20] [--strategy all|ddp ...]
 
 DDP and FSDP2, the latter also with replicas (HSDP), gathered parameters kept, activations
-recomputed, losses in chunks of prototypes, and checkpoints written in the background.
+recomputed, losses in chunks of prototypes, and checkpoints written in the background; both with
+blocks compiled and with several micro batches per step. One run of one process is the baseline of
+all; variants that accumulate are held against one process that accumulates as often.
+
 Stochastic depth and RoPE augmentation are off: their noise belongs to a rank's own batch. All else
 is on, KoLeo across ranks and image-level Gram included. Sums over the batch are taken in another
 order, so equality is to rounding: losses to 1e-5 relative in each iteration, parameters to 1e-4
-relative L2 per tensor at the end.
+relative L2 per tensor at the end. Prints a table; the exit code is 1 if a variant fails.
 """
 
 import argparse
-import itertools
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from dinov3_mm.checkpoints.distributed_folder import open_distributed_folder
@@ -26,6 +31,7 @@ from tests.integration.traces import read_trace
 
 LOSS_BAR = 1e-5
 PARAMETER_BAR = 1e-4
+GLOBAL_BATCH = 12
 
 
 @dataclass
@@ -58,7 +64,7 @@ def parity_config(images: Path, work_dir: Path, iters: int):
     cfg.model.koleo = dict(weight=0.1, distributed=True)
     cfg.model.gram = dict(weight=1.0, img_level=True, teacher="ema")
     cfg.custom_hooks.append(dict(type="GramAnchorHook"))
-    cfg.train_cfg.update(global_batch_size=12, max_iters=iters)
+    cfg.train_cfg.update(global_batch_size=GLOBAL_BATCH, max_iters=iters)
     for schedule in (
         cfg.custom_hooks[0].lr,
         cfg.custom_hooks[0].weight_decay,
@@ -69,10 +75,15 @@ def parity_config(images: Path, work_dir: Path, iters: int):
     return cfg
 
 
-def train_alone(folder: Path, images: Path, iters: int, *arguments: str) -> Path:
+def train_alone(
+    folder: Path, images: Path, iters: int, *arguments: str, accumulate: int = 1
+) -> Path:
     """One process; its work folder."""
-    train(parity_config(images, folder / "alone", iters), folder, *arguments)
-    return folder / "alone"
+    work_dir = folder / (f"alone-accumulate{accumulate}" if accumulate > 1 else "alone")
+    cfg = parity_config(images, work_dir, iters)
+    cfg.train_cfg.accumulate = accumulate
+    train(cfg, folder, *arguments)
+    return work_dir
 
 
 STRATEGIES = {
@@ -93,7 +104,27 @@ STRATEGIES = {
         "model.backbone.with_cp": True,
         "model.prototype_chunk_size": 10,
     },
+    "ddp-accumulation": {},
+    "fsdp2-accumulation": dict(strategy=dict(type="FSDP2Strategy")),
+    "fsdp2-accumulation-reduced": {
+        "strategy": dict(type="FSDP2Strategy", reduce_every_micro_batch=True)
+    },
+    "fsdp2-accumulation-replicas": {
+        "strategy": dict(type="FSDP2Strategy", reduce_every_micro_batch=True, num_replicas=2)
+    },
 }
+
+
+def accumulation_of(strategy: str, ranks: int) -> int:
+    """Micro batches per step: for variants that accumulate the fewest that the ranks can share."""
+    if "accumulation" not in strategy:
+        return 1
+    return next(k for k in range(2, GLOBAL_BATCH) if GLOBAL_BATCH % (ranks * k) == 0)
+
+
+def is_possible(strategy: str, ranks: int) -> bool:
+    """Two replicas need an even number of ranks."""
+    return ranks % 2 == 0 or not strategy.endswith("replicas")
 
 
 def train_ranks(
@@ -105,6 +136,7 @@ def train_ranks(
     config = folder / f"{name}.py"
     cfg = parity_config(images, work_dir, iters)
     cfg.merge_from_dict(STRATEGIES[strategy])
+    cfg.train_cfg.accumulate = accumulation_of(strategy, ranks)
     cfg.dump(config)
     run = start_training(config, *arguments, ranks=ranks)
     output, _ = run.communicate()
@@ -147,28 +179,58 @@ def relative(actual: float, expected: float) -> float:
     return abs(actual - expected) / max(abs(expected), 1e-8)
 
 
+def measure(
+    folder: Path, images: Path, iters: int, ranks: int, strategy: str, baselines: dict[int, Path]
+) -> Difference:
+    """Difference of a variant from one process, which is trained once per accumulation."""
+    accumulate = accumulation_of(strategy, ranks)
+    if accumulate not in baselines:
+        baselines[accumulate] = train_alone(folder, images, iters, accumulate=accumulate)
+    work_dir = train_ranks(folder, images, iters, ranks, strategy=strategy)
+    return compare(baselines[accumulate], work_dir, iters)
+
+
+def run_variants(variants: list[tuple[int, str]], iters: int) -> tuple[Table, bool]:
+    """Train all variants (ranks, strategy); the table of results, and whether all passed."""
+    table = Table(title=f"one process vs several ranks, {iters} iterations")
+    for column in ("ranks", "variant", "losses", "where", "parameters", "where", "s", "result"):
+        table.add_column(column)
+    all_passed = True
+    baselines: dict[int, Path] = {}
+    with tempfile.TemporaryDirectory() as name:
+        images = write_images(Path(name) / "images")
+        for ranks, strategy in variants:
+            began = time.perf_counter()
+            try:
+                found = measure(Path(name), images, iters, ranks, strategy, baselines)
+            except RuntimeError as error:
+                print(f"{strategy}, {ranks} ranks: {error}", flush=True)
+                values, passed = ["run failed", "", "", ""], False
+            else:
+                values = [f"{found.loss:.1e}", found.loss_at, f"{found.parameter:.1e}"]
+                values.append(found.parameter_at)
+                passed = found.is_within_bars
+            all_passed &= passed
+            seconds = f"{time.perf_counter() - began:.0f}"
+            row = [str(ranks), strategy, *values, seconds, "pass" if passed else "FAIL"]
+            table.add_row(*row)
+            print("  ".join(row), flush=True)
+    return table, all_passed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--iters", type=int, default=20)
-    parser.add_argument("--strategy", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--strategy", nargs="+", default=["all"], choices=["all", *STRATEGIES])
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        images = write_images(folder / "images")
-        alone = train_alone(folder, images, arguments.iters)
-        passed = True
-        for strategy, ranks in itertools.product(arguments.strategy, arguments.ranks):
-            if strategy == "fsdp2-replicas" and ranks % 2:
-                continue
-            work_dir = train_ranks(folder, images, arguments.iters, ranks, strategy=strategy)
-            difference = compare(alone, work_dir, arguments.iters)
-            passed &= difference.is_within_bars
-            print(
-                f"1 process vs {ranks} ranks, {strategy}, {arguments.iters} iterations: "
-                f"{difference}",
-                flush=True,
-            )
+    chosen = list(STRATEGIES) if "all" in arguments.strategy else arguments.strategy
+    for ranks in arguments.ranks:
+        if GLOBAL_BATCH % ranks:
+            parser.error(f"{ranks} ranks do not divide the global batch of {GLOBAL_BATCH}")
+    variants = [(r, s) for r in arguments.ranks for s in chosen if is_possible(s, r)]
+    table, passed = run_variants(variants, arguments.iters)
+    Console(width=150).print(table)
     raise SystemExit(not passed)
 
 

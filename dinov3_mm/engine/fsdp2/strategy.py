@@ -6,6 +6,7 @@ from concurrent.futures import Future
 import torch
 import torch.distributed as dist
 from mmengine.dist import is_main_process
+from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, STRATEGIES
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +18,7 @@ from dinov3_mm.datasets.randomness import torch_seed
 from dinov3_mm.engine.runner.sharded_state import finish, save_sharded_state
 from dinov3_mm.engine.strategy import BEFORE_THE_FIRST_STEP, PretrainStrategy, training_device
 
+from .accumulation import GradientReduction
 from .initialisation import WholeTensorDraws, check_initialised, materialise
 from .sharding import ShardingPolicy, build_mesh, shard_model, sharded_modules
 
@@ -32,6 +34,8 @@ class FSDP2Strategy(PretrainStrategy):
         num_replicas (int): Groups of ranks that each hold a whole copy in shards (HSDP); 1 shards
             over all ranks.
         num_prefetch (int): Blocks gathered ahead.
+        reduce_every_micro_batch (bool): With several micro batches per step: reduce gradients after
+            each of them, so that no rank keeps whole ones. Defaults to False: once a step.
         checkpoint (str): ``'sharded'``: folders that all ranks write; ``'whole'``: one file, as of
             the other strategies, gathered in the main memory of the first rank. Either is resumed
             by any strategy on any number of ranks.
@@ -50,6 +54,7 @@ class FSDP2Strategy(PretrainStrategy):
         reshard_after_forward: bool = True,
         num_replicas: int = 1,
         num_prefetch: int = 1,
+        reduce_every_micro_batch: bool = False,
         checkpoint: str = "sharded",
         save_in_background: bool = False,
         **kwargs,
@@ -67,6 +72,7 @@ class FSDP2Strategy(PretrainStrategy):
         self.save_in_background = save_in_background
         self._pending: tuple[str, Future] | None = None
         self.num_replicas = num_replicas
+        self.reduce_every_micro_batch = reduce_every_micro_batch
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
         """Build the model without storage."""
@@ -95,6 +101,26 @@ class FSDP2Strategy(PretrainStrategy):
             f"resharded after forward: {self.policy.reshard_after_forward}"
         )
         return model
+
+    def build_optim_wrapper(
+        self, optim_wrapper: OptimWrapper | dict, model: nn.Module | None = None
+    ) -> OptimWrapper:
+        """Build the wrapper and tell it when sharded gradients are reduced.
+
+        Raises:
+            ValueError: an optimizer whose fused kernel does not take shards.
+        """
+        wrapper = super().build_optim_wrapper(optim_wrapper, model)
+        if not isinstance(wrapper.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            raise ValueError(
+                f"optim_wrapper.optimizer: the fused {type(wrapper.optimizer).__name__} of torch "
+                "does not step on shards; use AdamW or Adam with FSDP2Strategy, or train with "
+                "PretrainDDPStrategy"
+            )
+        wrapper.reduce_gradients = GradientReduction(
+            self.model, every_micro_batch=self.reduce_every_micro_batch
+        )
+        return wrapper
 
     def save_checkpoint(
         self,

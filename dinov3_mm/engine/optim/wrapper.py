@@ -1,11 +1,13 @@
 """Optimizer wrapper of pretraining: clips per sub-module and skips bad steps on the device."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 
 import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -32,6 +34,7 @@ class PretrainOptimWrapper(OptimWrapper):
         optimizer: A torch optimizer with a fused kernel, built with ``fused=True``, which can be
             told on the device to leave everything as it is.
         accumulative_counts: Micro batches per step; each loss counts ``1 / accumulative_counts``.
+            Gradients are reduced over ranks in the last of them.
         clip_grad: Largest gradient norm of a sub-module; ``None`` to clip nothing.
 
     Attributes:
@@ -40,6 +43,8 @@ class PretrainOptimWrapper(OptimWrapper):
             or ``None`` before the first step.
         step_metrics: Of the last step, as device scalars: ``grad_norm/<submodule>`` before
             clipping, and ``step_skipped``.
+        reduce_gradients: Called before each of several micro batches with whether it is the last of
+            its step. ``FSDP2Strategy`` sets it; DDP is told through ``no_sync``.
 
     Raises:
         TypeError: An optimizer that cannot skip on the device, or ``clip_grad`` not a number.
@@ -64,9 +69,18 @@ class PretrainOptimWrapper(OptimWrapper):
         self.frozen: frozenset[str] = frozenset()
         self.step_skipped: Tensor | None = None
         self.step_metrics: dict[str, Tensor] = {}
+        self.reduce_gradients: Callable[[bool], None] | None = None
         self._params: dict[str, list[Tensor]] = {}
         for group in optimizer.param_groups:
             self._params.setdefault(group.get("submodule", "model"), []).extend(group["params"])
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Context of a forward pass; settles whether the backward pass after it reduces."""
+        if self.reduce_gradients is not None and self._accumulative_counts > 1:
+            self.reduce_gradients(self.should_sync())
+        with super().optim_context(model):
+            yield
 
     def backward(self, loss: Tensor, **kwargs) -> None:
         """Back-propagate, from NaN instead of 1 when the loss is not finite."""
