@@ -2,47 +2,11 @@
 # tools/dist_train.sh CONFIG GPUS [ARGS of tools/train.py]
 #
 # GPUS processes on this machine: one per GPU, or gloo ranks on the CPU where there are no GPUs.
-# GPUS=0 is one process on the CPU. The processes meet in a file and talk over the loopback
-# interface. Several machines: the same command on each with NNODES, NODE_RANK, MASTER_ADDR, PORT.
+# GPUS=0 is one process on the CPU. Several machines: see tools/dist_launch.sh.
 set -euo pipefail
 
 if (($# < 2)); then
     echo "usage: $0 CONFIG GPUS [ARGS of tools/train.py]" >&2
     exit 2
 fi
-CONFIG=$1
-GPUS=$2
-shift 2
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-python}
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-
-if ((GPUS == 0)); then
-    CUDA_VISIBLE_DEVICES="" exec "$PYTHON" "$ROOT/tools/train.py" "$CONFIG" "$@"
-fi
-
-# torchrun would give each process one thread.
-THREADS=$(($(getconf _NPROCESSORS_ONLN) / GPUS))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}
-
-if ((${NNODES:-1} > 1)); then
-    MEETING=(--nnodes "$NNODES" --node-rank "${NODE_RANK:-0}"
-        --master-addr "$MASTER_ADDR" --master-port "${PORT:-29500}")
-else
-    STORE=$(mktemp -u "${TMPDIR:-/tmp}/dinov3_mm_launch_XXXXXXXX")
-    MEETING=(--nnodes 1 --rdzv-backend c10d --rdzv-endpoint "$STORE" --rdzv-conf store_type=file)
-    # torchrun would open a store that listens to the network.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-fi
-"$PYTHON" -m torch.distributed.run "${MEETING[@]}" --nproc-per-node "$GPUS" \
-    "$ROOT/tools/train.py" "$CONFIG" --launcher pytorch "$@" &
-CHILD=$!
-# A signal ends the wait, not the training: tell the processes, not torchrun, which would report a
-# failure, and wait until they have saved and ended.
-trap 'pkill -TERM -P "$CHILD"' TERM USR1 INT
-wait "$CHILD" && STATUS=0 || STATUS=$?
-while kill -0 "$CHILD" 2>/dev/null; do
-    wait "$CHILD" && STATUS=0 || STATUS=$?
-done
-rm -f "${STORE:-}"
-exit "$STATUS"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/dist_launch.sh" train.py "$@"

@@ -14,29 +14,16 @@
 #   DRY_RUN=1       print what would be submitted, without Slurm
 set -euo pipefail
 
-fail() {
-    echo "$0: $1" >&2
-    exit 2
-}
-
 if (($# < 4)); then
-    fail "usage: [GPUS=8] [SRUN_ARGS=...] $0 PARTITION JOB CONFIG WORK_DIR [ARGS]"
+    echo "$0: usage: [GPUS=8] [SRUN_ARGS=...] $0 PARTITION JOB CONFIG WORK_DIR [ARGS]" >&2
+    exit 2
 fi
-PARTITION=$1
-JOB=$2
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$ROOT/tools/slurm_allocation.sh" "$1" "$2" "$3"
 CONFIG=$3
 WORK_DIR=$4
 shift 4
-GPUS=${GPUS:-8}
-GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
-CPUS_PER_TASK=${CPUS_PER_TASK:-5}
 SUBMIT=${SUBMIT:-sbatch}
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-((GPUS > 0 && GPUS_PER_NODE > 0)) || fail "GPUS and GPUS_PER_NODE must be positive"
-((GPUS % GPUS_PER_NODE == 0)) ||
-    fail "GPUS=$GPUS is no multiple of GPUS_PER_NODE=$GPUS_PER_NODE: nodes must be alike"
-[[ -f $CONFIG ]] || fail "there is no config $CONFIG"
 [[ $SUBMIT == sbatch || $SUBMIT == srun ]] || fail "SUBMIT is sbatch or srun, not $SUBMIT"
 
 RESUME=(--resume)
@@ -45,14 +32,6 @@ for word in "$@"; do
 done
 TRAIN=("${PYTHON:-python}" -u "$ROOT/tools/train.py" "$CONFIG" "${RESUME[@]}"
     --work-dir "$WORK_DIR" --launcher slurm "$@")
-ALLOCATION=("--partition=$PARTITION" "--job-name=$JOB" "--nodes=$((GPUS / GPUS_PER_NODE))"
-    "--ntasks=$GPUS" "--ntasks-per-node=$GPUS_PER_NODE" "--gres=gpu:$GPUS_PER_NODE"
-    "--cpus-per-task=$CPUS_PER_TASK")
-
-# SRUN_ARGS is a list of words on purpose.
-# shellcheck disable=SC2206
-EXTRA=(${SRUN_ARGS:-})
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 if [[ $SUBMIT == srun ]]; then
     COMMAND=(srun "${ALLOCATION[@]}" --kill-on-bad-exit=1 "${EXTRA[@]}" "${TRAIN[@]}")

@@ -28,6 +28,7 @@ from dinov3_mm.engine import (
     start_from_stage,
     start_processes,
 )
+from dinov3_mm.engine.host_config import is_host_config, set_data_root, set_host_weights
 
 NEWEST = "newest"
 
@@ -47,7 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help="folder of images to train on and evaluate; for configs that read an ImageFolder",
+        help="folder of images to train on and evaluate, or root of the data set of a downstream "
+        "config",
     )
     parser.add_argument(
         "--weights",
@@ -104,10 +106,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def load_config(args: argparse.Namespace) -> Config:
     """Config file plus what the command line says."""
     cfg = Config.fromfile(args.config)
+    of_host = is_host_config(cfg)
     if args.data is not None:
-        set_data(cfg, args.data)
+        (set_data_root if of_host else set_data)(cfg, args.data)
     if args.weights is not None:
-        set_weights(cfg, args.weights)
+        (set_host_weights if of_host else set_weights)(cfg, args.weights)
     if args.teacher is not None:
         set_teacher(cfg, args.teacher)
     apply_options(cfg, parse_options(args.cfg_options))
@@ -121,7 +124,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def set_resume(cfg: Config, checkpoint: str | None) -> None:
     """Go on from a checkpoint, by default from the newest one of the work folder if it has one."""
-    if cfg.get("runner_type") != "FlexibleRunner":  # MMEngine's runner has files of its own
+    if is_host_config(cfg):  # MMEngine's runner has files of its own
         checkpoint = checkpoint or find_mmengine_checkpoint(cfg.work_dir)
         if checkpoint is not None:
             cfg.resume, cfg.load_from = True, str(checkpoint)

@@ -16,8 +16,8 @@ from .installing import load_backbone_weights
 from .model_hub import parse_hub_name
 from .released import located
 
-# Folder in which recorded weight files are looked for first, by their names.
-WEIGHTS_FOLDER = "DINOV3_MM_WEIGHTS"
+# Environment variable: a weight file, or the folder in which such files are looked for by name.
+WEIGHTS = "DINOV3_MM_WEIGHTS"
 
 
 def make_record(module: nn.Module) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def record_from_tensor(tensor: Tensor) -> dict[str, Any]:
 class DINOv3Recorded:
     """MMEngine initializer that loads the weights that a checkpoint's record names.
 
-    A file is looked for in the folder that the environment variable ``DINOV3_MM_WEIGHTS`` names,
-    then where it lay, then in torch hub's cache.
+    The environment variable ``DINOV3_MM_WEIGHTS`` may name another file, or the folder in which it
+    is looked for first; then comes where it lay, then torch hub's cache.
 
     Args:
         record: see :func:`record_to_tensor`.
@@ -77,7 +77,7 @@ class DINOv3Recorded:
             raise ValueError(
                 f"the weights in {source} are not those of the frozen backbone on which this "
                 f"checkpoint was trained ({self.record['source']}): their values differ. Put the "
-                f"right file there, or name its folder in the environment variable {WEIGHTS_FOLDER}"
+                f"right file there, or name it in the environment variable {WEIGHTS}"
             )
         module.weights_origin = {"checkpoint": source, **self.record["options"]}
 
@@ -90,17 +90,19 @@ def _is_name(source: str) -> bool:
 
 
 def _find(source: str) -> str | os.PathLike:
+    given = os.environ.get(WEIGHTS)
+    if given and Path(given).expanduser().is_file():
+        return Path(given).expanduser()
     if _is_name(source):
         return located(source)
     name = Path(source).name
-    folders = [os.environ.get(WEIGHTS_FOLDER), Path(source).parent]
-    folders += [Path(torch.hub.get_dir()) / "checkpoints"]
+    folders = [given, Path(source).parent, Path(torch.hub.get_dir()) / "checkpoints"]
     places = [Path(folder).expanduser() / name for folder in folders if folder]
     for place in places:
         if place.exists():
             return place
     raise FileNotFoundError(
         "this checkpoint holds a head that was trained on a frozen backbone, and the backbone's "
-        f"weights {name} are not at {', '.join(map(str, places))}. Put the file there, or name its "
-        f"folder in the environment variable {WEIGHTS_FOLDER}"
+        f"weights {name} are not at {', '.join(map(str, places))}. Put the file there, or name it "
+        f"or its folder in the environment variable {WEIGHTS}"
     )

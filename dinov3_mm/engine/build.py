@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, RUNNERS
 
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
+from dinov3_mm.engine.host_config import is_host_config, settle_host
 from dinov3_mm.engine.runner.training_state import read_meta
 from dinov3_mm.engine.stages import refuse_orphan
 from dinov3_mm.engine.starting_point import settle_data, settle_teacher, settle_weights
@@ -24,7 +25,7 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
         cfg (Config): A training config, changed in place. A pretraining config
             (``runner_type='FlexibleRunner'``) is checked and completed with this package's default
             hooks and strategy, and its values ``'auto'`` are derived; any other goes to MMEngine's
-            runner as it is.
+            runner after a check of the backbone's weights.
         notes (Sequence[str]): Lines to log first.
 
     Returns:
@@ -37,8 +38,12 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     """
     # The runner would guess from the environment; the process group is there or it is not.
     cfg.launcher = "pytorch" if is_distributed() else "none"
-    if cfg.get("runner_type") != "FlexibleRunner":
-        return RUNNERS.build(cfg)
+    if is_host_config(cfg):
+        lines = settle_host(cfg)
+        runner = RUNNERS.build(cfg)
+        for line in lines:
+            runner.logger.info(line)
+        return runner
     fill_defaults(cfg)
     check_config(cfg, world_size=get_world_size())
     settle_data(cfg)

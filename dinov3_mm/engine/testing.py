@@ -1,0 +1,96 @@
+"""From a downstream config and a checkpoint to the metrics of its test set."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_distributed, is_main_process
+from mmengine.registry import RUNNERS
+
+from dinov3_mm.checkpoints import atomic_write
+from dinov3_mm.checkpoints.weights_record import WEIGHTS
+from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.engine.host_config import is_host_config, settle_host
+
+METRICS_FILE = "metrics.json"
+
+
+def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = None):
+    """Build the runner that tests a model.
+
+    Args:
+        cfg (Config): a config of a host, changed in place.
+        checkpoint (str | None): a training checkpoint; None tests what the config's ``init_cfg``
+            load, such as a released backbone and head.
+        weights (str | None): file of a frozen backbone that the checkpoint leaves out, if it is not
+            where it was.
+
+    Returns:
+        Runner: give it to :func:`test`.
+
+    Raises:
+        ConfigError: the config is one of pretraining, has no test set, or a file is not there.
+    """
+    if not is_host_config(cfg):
+        raise ConfigError("this config pretrains and has no test set; give one with a head")
+    if not cfg.get("test_dataloader"):
+        raise ConfigError("this config has no test_dataloader")
+    if checkpoint is not None and not Path(checkpoint).expanduser().exists():
+        raise ConfigError(f"there is no checkpoint {checkpoint}")
+    cfg.launcher = "pytorch" if is_distributed() else "none"
+    cfg.load_from, cfg.resume = checkpoint, False
+    lines: Sequence[str] = ()
+    if checkpoint is None:
+        lines = settle_host(cfg)
+    elif weights is not None:
+        os.environ[WEIGHTS] = weights
+    runner = RUNNERS.build(cfg)
+    for line in lines:
+        runner.logger.info(line)
+    if checkpoint is None:
+        runner.model.init_weights()
+    return runner
+
+
+def use_tta(cfg: Config) -> None:
+    """Test with the config's test-time augmentation.
+
+    Raises:
+        ConfigError: the config has none.
+    """
+    missing = [name for name in ("tta_model", "tta_pipeline") if name not in cfg]
+    if missing:
+        raise ConfigError(f"--tta: this config has no {' and no '.join(missing)}")
+    dataset = cfg.test_dataloader.dataset
+    while "dataset" in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict({**cfg.tta_model, "module": cfg.model})
+
+
+def draw_predictions(cfg: Config, folder: str) -> None:
+    """Write a picture of every prediction below ``folder``.
+
+    Raises:
+        ConfigError: the config has no visualization hook or no visualizer.
+    """
+    hook = (cfg.get("default_hooks") or {}).get("visualization")
+    if hook is None or "visualizer" not in cfg:
+        raise ConfigError("--show-dir: this config has no visualization hook or no visualizer")
+    hook["draw"] = True
+    hook["interval"] = 1
+    cfg.visualizer["save_dir"] = folder
+    backends = cfg.visualizer.get("vis_backends") or [dict(type="LocalVisBackend")]
+    cfg.visualizer["vis_backends"] = backends
+
+
+def test(runner) -> dict[str, Any]:
+    """Run the test, write ``metrics.json`` into the work folder, and return the metrics."""
+    metrics = runner.test()
+    if is_main_process():
+        with atomic_write(Path(runner.work_dir) / METRICS_FILE) as partial:
+            partial.write_text(json.dumps(metrics, indent=2, default=float) + "\n")
+    return metrics

@@ -1,0 +1,105 @@
+"""What the command line sets in configs of the hosts, and what is refused."""
+
+import pytest
+from mmengine.config import Config
+
+from dinov3_mm.checkpoints import export_backbone
+from dinov3_mm.engine import ConfigError
+from dinov3_mm.engine.host_config import set_data_root, set_head, set_host_weights, settle_host
+from tests.checkpoints.toys import toy_backbone
+
+PRETRAINED = {"type": "DINOv3Pretrained", "checkpoint": None}
+MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+
+
+def host_config(**model) -> Config:
+    dataset = {"type": "CustomDataset", "data_root": "data/pets", "data_prefix": "train"}
+    return Config(
+        {
+            "model": {
+                "type": "ImageClassifier",
+                "data_preprocessor": {"mean": MEAN, "std": STD, "to_rgb": True},
+                "backbone": {"type": "DINOv3ViT", "init_cfg": dict(PRETRAINED)},
+                "head": {"type": "LinearClsHead", "num_classes": 1000},
+                **model,
+            },
+            "train_dataloader": {"dataset": dataset},
+            "val_dataloader": {"dataset": {**dataset, "data_prefix": "val"}},
+            "val_evaluator": {"type": "CocoMetric", "ann_file": "data/pets/annotations/val.json"},
+        }
+    )
+
+
+def test_weights_reach_a_nested_backbone(tmp_path):
+    nested = {"type": "Adapter", "backbone": {"type": "DINOv3ViT", "init_cfg": dict(PRETRAINED)}}
+    cfg = host_config(backbone=nested)
+    set_host_weights(cfg, "weights.safetensors")
+    assert cfg.model.backbone.backbone.init_cfg.checkpoint == "weights.safetensors"
+
+
+def test_weights_without_a_place_for_them():
+    with pytest.raises(ConfigError, match="no backbone of this config loads weights"):
+        set_host_weights(host_config(backbone={"type": "DINOv3ViT"}), "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (None, "no weights for the backbone"),
+        ("nowhere.pth", "nowhere.pth does not exist"),
+        ("dinov3_vits16", "gated"),
+    ],
+)
+def test_weights_that_are_not_there(weights, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cfg = host_config()
+    cfg.model.backbone.init_cfg.checkpoint = weights
+    with pytest.raises(ConfigError, match=message):
+        settle_host(cfg)
+
+
+def test_weights_for_other_inputs_are_mentioned(tmp_path):
+    statistics = dict(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    path = export_backbone(toy_backbone(1), tmp_path / "w.safetensors", **statistics)
+    cfg = host_config()
+    set_host_weights(cfg, str(path))
+    (line,) = settle_host(cfg)
+    assert "[102.0, 127.5, 153.0]" in line and "model.data_preprocessor.mean" in line
+    assert cfg.model.data_preprocessor.mean == MEAN
+    cfg.model.data_preprocessor.update(mean=[102, 127.5, 153], std=[25.5, 51, 76.5])
+    assert settle_host(cfg) == []
+
+
+def test_data_moves_all_paths_and_counts_folders(tmp_path):
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    cfg = host_config()
+    set_data_root(cfg, str(tmp_path))
+    assert cfg.train_dataloader.dataset.data_root == str(tmp_path)
+    assert cfg.val_dataloader.dataset.data_root == str(tmp_path)
+    assert cfg.val_evaluator.ann_file == str(tmp_path / "annotations/val.json")
+    assert cfg.model.head.num_classes == 3
+
+
+def test_data_refusals(tmp_path):
+    with pytest.raises(ConfigError, match="is no folder"):
+        set_data_root(host_config(), str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="one folder a class"):
+        set_data_root(host_config(), str(tmp_path))
+    cfg = host_config()
+    for loader in ("train_dataloader", "val_dataloader"):
+        del cfg[loader].dataset["data_root"]
+    with pytest.raises(ConfigError, match="no data set of this config has a data_root"):
+        set_data_root(cfg, str(tmp_path))
+
+
+def test_head(tmp_path):
+    head = {"init_cfg": {"type": "DINOv3HeadPretrained", "kind": "linear_classifier"}}
+    cfg = host_config(head=head)
+    (tmp_path / "head.pth").touch()
+    set_head(cfg, str(tmp_path / "head.pth"))
+    assert cfg.model.head.init_cfg.checkpoint == str(tmp_path / "head.pth")
+    with pytest.raises(ConfigError, match="does not exist"):
+        set_head(cfg, "nothing.pth")
+    with pytest.raises(ConfigError, match="does not load a released head"):
+        set_head(host_config(), "nothing.pth")

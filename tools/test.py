@@ -1,0 +1,81 @@
+"""Test a model: ``python tools/test.py CONFIG [CHECKPOINT] [--tta] [--show-dir DIR]``.
+
+Without a checkpoint it tests what the config loads by itself, such as a released backbone and head:
+``python tools/test.py CONFIG --weights BACKBONE --head HEAD``. ``tools/dist_test.sh`` and
+``tools/slurm_test.sh`` start several processes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from mmengine.config import Config
+
+import dinov3_mm  # noqa: F401  (registers what configs name)
+from dinov3_mm.engine import LAUNCHERS, ConfigError, apply_options, parse_options, start_processes
+from dinov3_mm.engine.host_config import set_data_root, set_head, set_host_weights
+from dinov3_mm.engine.testing import build_tester, draw_predictions, test, use_tta
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Test a model.")
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", nargs="?", help="training checkpoint")
+    parser.add_argument("--work-dir", help="folder of the log and of metrics.json")
+    parser.add_argument("--data", metavar="DIR", help="root of the data set")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE_OR_NAME",
+        help="weights of the backbone; with a checkpoint: where those lie that it leaves out",
+    )
+    parser.add_argument("--head", metavar="FILE", help="file of a released head")
+    parser.add_argument("--tta", action="store_true", help="with test-time augmentation")
+    parser.add_argument("--show-dir", metavar="DIR", help="write pictures of all predictions there")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override config values, e.g. test_dataloader.batch_size=4",
+    )
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
+    return parser.parse_args(argv)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Config file plus what the command line says."""
+    cfg = Config.fromfile(args.config)
+    if args.data is not None:
+        set_data_root(cfg, args.data)
+    if args.weights is not None:
+        set_host_weights(cfg, args.weights)
+    if args.head is not None:
+        if args.checkpoint is not None:
+            raise ConfigError("--head and a checkpoint: both hold the head; give one")
+        set_head(cfg, args.head)
+    apply_options(cfg, parse_options(args.cfg_options))
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
+    if args.show_dir is not None:
+        draw_predictions(cfg, args.show_dir)
+    if args.tta:
+        use_tta(cfg)
+    return cfg
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    start_processes(args.launcher)
+    runner = build_tester(load_config(args), args.checkpoint, weights=args.weights)
+    test(runner)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"{sys.argv[1]}: {error}")
