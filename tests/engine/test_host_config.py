@@ -59,8 +59,8 @@ def test_weights_that_are_not_there(weights, message, monkeypatch, tmp_path):
 
 
 def test_weights_for_other_inputs_are_mentioned(tmp_path):
-    statistics = dict(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
-    path = export_backbone(toy_backbone(1), tmp_path / "w.safetensors", **statistics)
+    statistics = {"statistics": {"mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}}
+    path = export_backbone(toy_backbone(1), tmp_path / "w.safetensors", statistics)
     cfg = host_config()
     set_host_weights(cfg, str(path))
     (line,) = settle_host(cfg)
