@@ -1,6 +1,7 @@
 """Hooks: the life cycle of the model's parts, schedules, checkpoints, progress, evaluation."""
 
 from .checkpoint import PretrainCheckpointHook
+from .class_check import ClassCheckHook
 from .diagnosis import DiagnosisHook
 from .distillation import DistillationHook
 from .evaluation import DenseProbeHook, KNNEvalHook, RetrievalEvalHook
@@ -15,6 +16,7 @@ from .schedule import OptimScheduleHook
 from .teacher_ema import TeacherEMAHook
 
 __all__ = [
+    "ClassCheckHook",
     "CollapseGuardHook",
     "DenseProbeHook",
     "DiagnosisHook",
