@@ -9,7 +9,8 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 
 from ..models.backbones.feature_map import FeatureMapBackbone
-from .safetensors_file import open_safetensors, read_export_header
+from .opening import open_checkpoint
+from .safetensors_file import read_export_header
 
 
 def build_adapter(
@@ -18,7 +19,7 @@ def build_adapter(
     """The backbone of an export of ``TimmBackbone`` or ``FeatureMapBackbone``, in eval mode.
 
     Args:
-        path: weight file.
+        path: weight file, or folder of several.
         overrides: arguments to change, of which such a backbone takes none.
 
     Returns:
@@ -30,14 +31,14 @@ def build_adapter(
         ValueError: the tensors are not the network's.
     """
     path = Path(path).expanduser()
-    header = read_export_header(path) if path.is_file() else {}
+    header = read_export_header(path)
     adapter = MODELS.get(header["backbone"]) if header else None
     if adapter is None or not issubclass(adapter, FeatureMapBackbone):
         return None
     if overrides:
         raise TypeError(f"{path} is a {header['backbone']}, whose arguments cannot be changed")
     backbone = adapter(**header["arch"])
-    opened = open_safetensors(path)
+    opened = open_checkpoint(path)
     try:
         backbone.foreign_module.load_state_dict(opened.read(opened.names), strict=True)
     except RuntimeError as error:

@@ -40,13 +40,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     try:
         yield partial
-        _flush_to_disk(partial)
+        flush_to_disk(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     # The rename itself lives in the folder: without this a power cut can bring the old file back.
-    _flush_to_disk(path.parent)
+    flush_to_disk(path.parent)
 
 
 @contextmanager
@@ -70,15 +70,16 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield partial
         for entry in (*partial.rglob("*"), partial):
-            _flush_to_disk(entry)
+            flush_to_disk(entry)
         os.rename(partial, path)
     except BaseException:
         shutil.rmtree(partial)
         raise
-    _flush_to_disk(path.parent)
+    flush_to_disk(path.parent)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Make the content of a file, or the entries of a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 from .distributed_folder import open_distributed_folder
-from .safetensors_file import is_safetensors, open_index, open_safetensors
+from .safetensors_file import INDEX_FILE, is_safetensors, open_index, open_safetensors
 from .source import OpenedCheckpoint
 from .torch_file import open_torch_file
 
 _FOLDER_FILES = (
-    ("model.safetensors.index.json", open_index),
+    (INDEX_FILE, open_index),
     ("model.safetensors", open_safetensors),
 )
 

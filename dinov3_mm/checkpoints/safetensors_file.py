@@ -12,6 +12,7 @@ from .source import OpenedCheckpoint, first_line, read_config, read_json
 
 EXPORT_KEY = "dinov3_mm"
 FORMAT_VERSION = 1
+INDEX_FILE = "model.safetensors.index.json"
 
 
 def is_safetensors(path: Path) -> bool:
@@ -28,7 +29,7 @@ def open_safetensors(path: Path) -> OpenedCheckpoint:
     """
     with _opened(path) as file:
         location = dict.fromkeys(file.keys(), path)
-        export = _export_header(file, path)
+        export = _export_of(file.metadata(), path)
     # An export says all about itself; a config.json beside it belongs to something else.
     config = {} if export else read_config(path.parent)
     return OpenedCheckpoint(
@@ -43,7 +44,8 @@ def open_index(path: Path) -> OpenedCheckpoint:
         FileNotFoundError: If a shard is missing.
         ValueError: If the index or a shard is damaged, or they do not agree.
     """
-    shard_of = read_json(path).get("weight_map")
+    index = read_json(path)
+    shard_of = index.get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(
             f"{path} is no index of safetensors shards: it has no 'weight_map'. Pass the weight "
@@ -63,25 +65,39 @@ def open_index(path: Path) -> OpenedCheckpoint:
             raise ValueError(f"{shard} lacks tensors that {path} promises: {absent[:5]}")
     location = {name: path.parent / shard for name, shard in shard_of.items()}
     container = f"{len(set(shard_of.values()))} safetensors shards"
-    return OpenedCheckpoint(
-        path, container, tuple(location), _reader(location), read_config(path.parent)
-    )
+    export = _export_of(index.get("metadata"), path)
+    config = {} if export else read_config(path.parent)
+    return OpenedCheckpoint(path, container, tuple(location), _reader(location), config, export)
 
 
 def read_export_header(path: Path) -> dict[str, Any]:
-    """JSON that our exports carry in their safetensors header; empty for any other file.
+    """JSON that our exports carry in their safetensors header, or in the index of their folder.
+
+    Empty for any other file or folder, and where there is none.
 
     Raises:
         ValueError: If the file is truncated or damaged, or from a later version of this project.
     """
+    if path.is_dir():
+        path = path / INDEX_FILE
+    if not path.is_file():
+        return {}
+    if path.name.endswith(".index.json"):
+        return _export_of(read_json(path).get("metadata"), path)
     if not is_safetensors(path):
         return {}
     with _opened(path) as file:
-        return _export_header(file, path)
+        return _export_of(file.metadata(), path)
 
 
-def _export_header(file: safe_open, path: Path) -> dict[str, Any]:
-    header = json.loads((file.metadata() or {}).get(EXPORT_KEY, "{}"))
+def _export_of(metadata: Any, path: Path) -> dict[str, Any]:
+    stated = metadata.get(EXPORT_KEY, "{}") if isinstance(metadata, dict) else "{}"
+    try:
+        header = json.loads(stated)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its entry {EXPORT_KEY!r} is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: its entry {EXPORT_KEY!r} is no JSON object")
     if header.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {header['format_version']}; this version of dinov3_mm "

@@ -93,7 +93,7 @@ def read_statistics(path: str | os.PathLike) -> Statistics:
 
 def find_statistics(path: Path) -> Statistics | None:
     """As :func:`read_statistics`, but None where nothing states the normalisation."""
-    header = read_export_header(path) if path.is_file() else {}
+    header = read_export_header(path)
     stated = header.get("statistics")
     if stated is not None:
         return named_statistics(stated["mean"], stated["std"], header.get("backbone"))

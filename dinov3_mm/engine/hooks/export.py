@@ -10,8 +10,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from dinov3_mm.checkpoints import export_backbone
-from dinov3_mm.checkpoints.io import atomic_write
-from dinov3_mm.engine.runner.files import export_path, latest_export_path, list_exports
+from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX, atomic_write
+from dinov3_mm.engine.runner.files import export_path, list_exports, remove
 from dinov3_mm.engine.runner.retention import surplus
 from dinov3_mm.engine.strategy import library_versions
 from dinov3_mm.engine.students.view import StudentRunner, student_runners
@@ -23,7 +23,9 @@ class ExportTeacherHook(Hook):
 
     The file holds the EMA teacher's backbone under the official key names and, as metadata, the
     architecture, patch size, number of registers, image statistics and provenance (config,
-    iteration, seed, versions): ``build_backbone(FILE)`` needs nothing else.
+    iteration, seed, versions): ``build_backbone(FILE)`` needs nothing else. A backbone of more than
+    10 GB becomes a folder of several files, ``exports/iter_<n>_teacher``, with ``teacher_latest`` a
+    link to it; under FSDP2 it is written from the shards.
 
     ``PretrainCheckpointHook`` already exports with every checkpoint; register this hook for exports
     at another interval.
@@ -59,7 +61,8 @@ def export_teacher(runner, iteration: int) -> Path:
     Of several students each has an export of its own, in ``exports/<name>``.
 
     Returns:
-        Path: The ``.safetensors`` file; of several students that of the last of this rank.
+        Path: The ``.safetensors`` file or the folder; of several students that of the last of
+        this rank.
     """
     for view in student_runners(runner):
         path = _export(view, iteration)
@@ -79,12 +82,25 @@ def _export(runner, iteration: int) -> Path:
         "versions": library_versions(),
     }
     metadata = {"statistics": {"mean": mean, "std": std}, "provenance": provenance}
-    export_backbone(model.teacher_backbone, path, metadata)
+    path = export_backbone(model.teacher_backbone, path, metadata)
     if is_main_process():
-        for suffix in (".json", ".safetensors"):
-            source = path.with_suffix(suffix)
-            _replace_by_copy(source, latest_export_path(*place).with_suffix(suffix))
+        _point_latest_to(path)
     return path
+
+
+def _point_latest_to(path: Path) -> None:
+    """Make ``teacher_latest`` the export at ``path``, and nothing else."""
+    latest = path.with_name("teacher_latest")
+    _replace_by_copy(path.with_suffix(".json"), latest.with_suffix(".json"))
+    if path.is_dir():
+        link = latest.with_name(f".{latest.name}{PARTIAL_SUFFIX}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, latest)
+        latest.with_suffix(".safetensors").unlink(missing_ok=True)
+    else:
+        _replace_by_copy(path, latest.with_suffix(".safetensors"))
+        latest.unlink(missing_ok=True)
 
 
 def remove_surplus_exports(runner, max_to_keep: int | None, keep_every: int | None = None) -> None:
@@ -92,7 +108,7 @@ def remove_surplus_exports(runner, max_to_keep: int | None, keep_every: int | No
     for view in student_runners(runner):
         if is_main_process():
             for path in surplus(list_exports(*place_of_exports(view)), max_to_keep, keep_every):
-                path.unlink()
+                remove(path)
                 path.with_suffix(".json").unlink(missing_ok=True)
 
 

@@ -7,6 +7,9 @@
     work_dir/exports/iter_00001000_teacher.safetensors + .json    the teacher backbone, for users
     work_dir/exports/teacher_latest.safetensors + .json           the newest of them
     work_dir/exports/NAME/...                       the same of each student of several
+
+An export that is too large for one file is a folder of the same name without suffix, and
+``teacher_latest`` a link to it.
 """
 
 import re
@@ -17,7 +20,7 @@ from pathlib import Path
 from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX
 
 _CHECKPOINT = re.compile(r"iter_(\d{8,})(?:\.pth)?")
-_EXPORT = re.compile(r"iter_(\d{8,})_teacher\.safetensors")
+_EXPORT = re.compile(r"iter_(\d{8,})_teacher(?:\.safetensors)?")
 
 
 def checkpoint_path(work_dir: str | Path, iteration: int, *, sharded: bool = False) -> Path:
@@ -32,8 +35,9 @@ def export_path(work_dir: str | Path, iteration: int, student: str | None = None
 
 
 def latest_export_path(work_dir: str | Path, student: str | None = None) -> Path:
-    """Copy of the newest teacher export."""
-    return _exports(work_dir, student) / "teacher_latest.safetensors"
+    """Copy of the newest teacher export, or the link to it where exports are folders."""
+    path = _exports(work_dir, student) / "teacher_latest.safetensors"
+    return path.with_suffix("") if path.with_suffix("").is_dir() else path
 
 
 def list_checkpoints(work_dir: str | Path) -> dict[int, Path]:
@@ -61,7 +65,7 @@ def remove_partial_files(work_dir: str | Path) -> list[Path]:
 
 def remove(path: Path) -> None:
     """Delete a file, or a folder with all it holds."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
