@@ -4,15 +4,15 @@
 #     model = dict(backbone=_base_.tuned_backbone)
 #     optim_wrapper = _base_.tuned_optim_wrapper
 #
-# Decay, weight decay and drop path are those of MAE fine-tuning (arXiv 2111.06377, table 9); the learning rate is a
-# start for batches of about 1024 images, see docs/tuning.md.
+# Layer decay, weight decay and drop path are those of MAE fine-tuning (arXiv 2111.06377, table 9). The learning rate
+# is no published one: a careful start; see docs/tuning.md.
 tuned_backbone = dict(frozen_stages=-1, drop_path_rate=0.1)
 
 tuned_optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
     constructor='LayerDecayOptimConstructor',
-    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05, betas=(0.9, 0.999)),
+    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05, betas=(0.9, 0.999)),
     paramwise_cfg=dict(layerwise_decay=0.75),
     clip_grad=dict(max_norm=3.0),
 )
