@@ -2,15 +2,16 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_distributed, is_main_process
 from mmengine.registry import RUNNERS
+from torch import nn
 
 from dinov3_mm.checkpoints import atomic_write
+from dinov3_mm.checkpoints.run_checkpoint import load_run_checkpoint
 from dinov3_mm.checkpoints.weights_record import WEIGHTS
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.host_config import is_host_config, settle_host
@@ -41,18 +42,36 @@ def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = N
     if checkpoint is not None and not Path(checkpoint).expanduser().exists():
         raise ConfigError(f"there is no checkpoint {checkpoint}")
     cfg.launcher = "pytorch" if is_distributed() else "none"
-    cfg.load_from, cfg.resume = checkpoint, False
-    lines: Sequence[str] = ()
-    if checkpoint is None:
-        lines = settle_host(cfg)
-    elif weights is not None:
-        os.environ[WEIGHTS] = weights
+    cfg.load_from, cfg.resume = None, False
+    lines = settle_host(cfg) if checkpoint is None else []
     runner = RUNNERS.build(cfg)
     for line in lines:
         runner.logger.info(line)
-    if checkpoint is None:
-        runner.model.init_weights()
+    load_model_weights(runner.model, checkpoint, weights=weights)
     return runner
+
+
+def load_model_weights(
+    model: nn.Module, checkpoint: str | None, *, weights: str | None = None
+) -> dict[str, Any]:
+    """Fill a model from a checkpoint, or from what its ``init_cfg`` name.
+
+    Args:
+        model: a host's model; a wrapper of DDP or test-time augmentation is looked through.
+        checkpoint: see :func:`build_tester`.
+        weights: see :func:`build_tester`.
+
+    Returns:
+        The checkpoint's ``meta``.
+    """
+    while hasattr(model, "module"):
+        model = model.module
+    if checkpoint is None:
+        model.init_weights()
+        return {}
+    if weights is not None:
+        os.environ[WEIGHTS] = str(Path(weights).expanduser().absolute())
+    return load_run_checkpoint(model, checkpoint)
 
 
 def use_tta(cfg: Config) -> None:
