@@ -90,7 +90,11 @@ STRATEGIES = {
     "ddp": {},
     "fsdp2": dict(strategy=dict(type="FSDP2Strategy")),
     "fsdp2-whole-checkpoints": dict(strategy=dict(type="FSDP2Strategy", checkpoint="whole")),
-    "fsdp2-background": dict(strategy=dict(type="FSDP2Strategy", save_in_background=True)),
+    "fsdp2-background": {
+        "strategy": dict(type="FSDP2Strategy", save_in_background=True),
+        # Often, so that writes overlap with steps and exports.
+        "default_hooks.checkpoint.interval": 2,
+    },
     "fsdp2-replicas": dict(strategy=dict(type="FSDP2Strategy", num_replicas=2)),
     "fsdp2-gathered": dict(strategy=dict(type="FSDP2Strategy", reshard_after_forward=False)),
     "ddp-compile": dict(strategy=dict(type="PretrainDDPStrategy", compile_blocks=True)),

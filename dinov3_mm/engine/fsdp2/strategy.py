@@ -15,7 +15,11 @@ from torch.utils._pytree import tree_map_only
 
 from dinov3_mm.checkpoints.sharding import gather_whole
 from dinov3_mm.datasets.randomness import torch_seed
-from dinov3_mm.engine.runner.sharded_state import finish, save_sharded_state
+from dinov3_mm.engine.runner.sharded_state import (
+    finish,
+    new_background_group,
+    save_sharded_state,
+)
 from dinov3_mm.engine.strategy import BEFORE_THE_FIRST_STEP, PretrainStrategy, training_device
 
 from .accumulation import GradientReduction
@@ -39,7 +43,8 @@ class FSDP2Strategy(PretrainStrategy):
         checkpoint (str): ``'sharded'``: folders that all ranks write; ``'whole'``: one file, as of
             the other strategies, gathered in the main memory of the first rank. Either is resumed
             by any strategy on any number of ranks.
-        save_in_background (bool): Go on training while a sharded checkpoint is written.
+        save_in_background (bool): Go on training while a sharded checkpoint is written, on GPUs
+            too. Needs main memory for a copy of this rank's shards.
         **kwargs: See :class:`mmengine._strategy.BaseStrategy`.
 
     Raises:
@@ -70,6 +75,7 @@ class FSDP2Strategy(PretrainStrategy):
         super().__init__(**kwargs)
         self.saves_shards = checkpoint == "sharded"
         self.save_in_background = save_in_background
+        self._background_group: dist.ProcessGroup | None = None
         self._pending: tuple[str, Future] | None = None
         self.num_replicas = num_replicas
         self.reduce_every_micro_batch = reduce_every_micro_batch
@@ -86,6 +92,8 @@ class FSDP2Strategy(PretrainStrategy):
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         mesh = self._mesh()
+        if self.save_in_background:
+            self._background_group = new_background_group()
         shard_model(self._accelerated(model), mesh, self.policy)
         materialise(model, training_device())
         torch.manual_seed(torch_seed(self.seed, BEFORE_THE_FIRST_STEP))
@@ -143,7 +151,7 @@ class FSDP2Strategy(PretrainStrategy):
             self.unwrapped_model,
             self.optim_wrapper.optimizer,
             state,
-            in_background=self.save_in_background,
+            background_group=self._background_group,
         )
         if write is not None:
             self._pending = (filename, write)

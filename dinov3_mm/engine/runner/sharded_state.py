@@ -48,7 +48,7 @@ def save_sharded_state(
     optimizer: Optimizer,
     state: dict,
     *,
-    in_background: bool = False,
+    background_group: dist.ProcessGroup | None = None,
 ) -> Future | None:
     """Write a checkpoint from all ranks; all must call this.
 
@@ -57,10 +57,11 @@ def save_sharded_state(
         model: the algorithm, unwrapped.
         optimizer: its optimizer, with ``param_names`` in the groups.
         state: what is no tensor.
-        in_background: copy the tensors and return; :func:`finish` completes the checkpoint.
+        background_group: ranks that write in the background, see :func:`new_background_group`:
+            copy the tensors and return; :func:`finish` completes the checkpoint. None writes now.
 
     Returns:
-        With ``in_background`` the future of the write.
+        With ``background_group`` the future of the write.
     """
     folder = Path(folder)
     partial = partial_folder(folder)
@@ -70,11 +71,25 @@ def save_sharded_state(
         write_training_state(partial / STATE_FILE, state)
     barrier()
     tensors = {**_model_tensors(model), **_optimizer_tensors(optimizer)}
-    if in_background and dist.is_initialized():
-        return dcp.async_save(tensors, checkpoint_id=str(partial))
+    if background_group is not None:
+        return dcp.async_save(tensors, checkpoint_id=str(partial), process_group=background_group)
     dcp.save(tensors, checkpoint_id=str(partial), no_dist=not dist.is_initialized())
     finish(folder)
     return None
+
+
+def new_background_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for nothing but background writes; all ranks must call this.
+
+    The thread that writes agrees with those of other ranks while training goes on. In the default
+    group its messages would mix with those of the training, and NCCL cannot send them at all. To
+    give the default group a CPU backend too (``cpu:gloo,cuda:nccl``) is no way out: MMEngine then
+    takes it for gloo and moves what it reduces to the CPU.
+
+    Returns:
+        None without a process group: one process has nobody to agree with.
+    """
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def finish(folder: str | Path, write: Future | None = None) -> None:
