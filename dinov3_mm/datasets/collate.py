@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from dinov3_mm.datasets.masking import MaskPlanner
+from dinov3_mm.datasets.transforms.colors import stack_colors
 
 
 class MultiCropCollate:
@@ -76,7 +77,8 @@ class MultiCropCollate:
             masks; ``masks_weight (M,)`` float32, one over the number of hidden patches of the row;
             ``num_masked (1,)`` int64; with several patch sizes ``masks_of``, these four for
             each of them, whose key is a string; ``positions (B,)`` int64; ``iteration`` int;
-            ``broken``, the list of messages about unreadable images.
+            ``broken``, the list of messages about unreadable images. Where colours are applied
+            later, ``colors``, see :func:`stack_colors`.
 
         Raises:
             ValueError: If the positions are not consecutive or leave the micro batch.
@@ -107,6 +109,10 @@ class MultiCropCollate:
             for key in ("global_crops", "local_crops", "gram_crops")
             if key in samples[0]
         }
+        if "colors" in samples[0]:
+            batch["colors"] = stack_colors(
+                [sample["colors"] for sample in samples], batch["global_crops"].shape[1]
+            )
         batch.update(masks_of[str(self.patch_sizes[0])])
         if len(masks_of) > 1:
             batch["masks_of"] = masks_of

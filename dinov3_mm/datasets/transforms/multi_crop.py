@@ -1,6 +1,7 @@
 """Multi-crop augmentation of DINOv3 pretraining."""
 
 import math
+from typing import Any
 
 import numpy as np
 from mmengine.registry import TRANSFORMS
@@ -14,12 +15,15 @@ from dinov3_mm.datasets.transforms.params import (
     MultiCropParams,
     Uniforms,
     draw_resized_crop,
+    without_colors,
 )
+from dinov3_mm.suggest import hint
 
 # Grid of the offsets of local crops that are cut from global crops; fixed in the reference.
 _OFFSET_GRID = 16
 RELEASED_BLUR = (0.0, 0.9, 0.5)
 PAPER_BLUR = (1.0, 0.1, 0.5)
+COLOR_PLACES = ("worker", "device")
 
 
 @TRANSFORMS.register_module()
@@ -31,6 +35,10 @@ class MultiCrop:
     number of channels, as uint8 or as float32 in 0..255, and crops have the type of their image;
     8-bit operations round, float ones do not. For images that do not have three channels the jitter
     changes brightness and contrast only and there is no grayscale; three channels count as RGB.
+
+    With ``color_on='device'`` the crops leave undistorted and ``MultiCropPreprocessor`` distorts
+    them, batched, where the model is. Everything is drawn here all the same, and what is drawn
+    does not depend on where it is applied.
 
     Args:
         global_size (int): Side of the global crops in pixels.
@@ -65,9 +73,12 @@ class MultiCrop:
             them from each, instead of from the image.
         partial_patches (bool): Allow local crops that end in a part of a patch, which the backbone
             cuts off, as those of 168 px in the released high-resolution stage.
+        color_on (str): Where jitter, grayscale, blur, solarisation and dropping of channels are
+            applied: ``'worker'``, or ``'device'``, for which each crop must be distorted by itself:
+            not with ``share_color_jitter``, ``local_from_global`` or distorted Gram-teacher crops.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or does not go with ``color_on='device'``.
     """
 
     def __init__(
@@ -94,6 +105,7 @@ class MultiCrop:
         share_color_jitter: bool = False,
         local_from_global: bool = False,
         partial_patches: bool = False,
+        color_on: str = "worker",
     ) -> None:
         self.global_size = _positive("global_size", global_size)
         self.local_size = _positive("local_size", local_size)
@@ -120,6 +132,11 @@ class MultiCrop:
         self.partial_patches = partial_patches
         if local_from_global:
             self._check_windows()
+        if color_on not in COLOR_PLACES:
+            raise ValueError(f"color_on={color_on!r}; {hint(str(color_on), COLOR_PLACES)}")
+        self.color_on = color_on
+        if color_on == "device":
+            self._check_separate()
 
     @property
     def base_size(self) -> int:
@@ -137,6 +154,25 @@ class MultiCrop:
                 f"local_from_global needs global_size >= local_size + {_OFFSET_GRID}, got "
                 f"global_size={self.global_size} and local_size={self.local_size}"
             )
+
+    def _check_separate(self) -> None:
+        reasons = {
+            "share_color_jitter=True colours the whole image before it is cropped": (
+                self.share_color_jitter
+            ),
+            "local_from_global=True cuts local crops from distorted global crops": (
+                self.local_from_global
+            ),
+            "Gram-teacher crops are resized after their distortion; set gram_no_distortions=True": (
+                self.gram_size is not None and not self.gram_no_distortions
+            ),
+            f"a blur_kernel of {self.blur_kernel} does not fit crops of {self.local_size} px": (
+                self.blur_kernel // 2 >= min(self.local_size, self.global_size)
+            ),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"color_on='device' distorts crop by crop, but {reason}")
 
     @property
     def variants(self) -> list["MultiCrop"]:
@@ -203,8 +239,22 @@ class MultiCrop:
             dropped.remove(uniform.below(num_channels))
         return tuple(dropped)
 
-    def apply(self, image: np.ndarray, params: MultiCropParams) -> dict[str, list[np.ndarray]]:
+    def apply(self, image: np.ndarray, params: MultiCropParams) -> dict[str, Any]:
         """Make the crops that ``params`` describe; see :meth:`__call__`."""
+        if self.color_on == "device":
+            sample = self._crops(image, without_colors(params))
+            return {**sample, "colors": self._drawn_colors(params)}
+        return self._crops(image, params)
+
+    def _drawn_colors(self, params: MultiCropParams) -> dict[str, Any]:
+        return {
+            "global_crops": [crop.distortion for crop in params.global_crops],
+            "local_crops": [crop.distortion for crop in params.local_crops],
+            "blur_kernel": self.blur_kernel,
+            "solarize_threshold": self.solarize_threshold,
+        }
+
+    def _crops(self, image: np.ndarray, params: MultiCropParams) -> dict[str, list[np.ndarray]]:
         image = self._distort(image, params.shared)
         bases = [self._base_crop(image, crop) for crop in params.global_crops]
         sample: dict[str, list[np.ndarray]] = {"global_crops": [], "local_crops": []}
@@ -218,7 +268,7 @@ class MultiCrop:
             sample["local_crops"].append(pixel_ops.to_chw(local))
         return sample
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> dict[str, list[np.ndarray]]:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
         """Augment one image.
 
         Args:
@@ -228,7 +278,9 @@ class MultiCrop:
         Returns:
             dict: ``global_crops`` (2 arrays ``(C, S, S)``), ``local_crops`` (``num_local`` arrays
             ``(C, s, s)``) and, with ``gram_size``, ``gram_crops`` (2 arrays ``(C, Sg, Sg)``);
-            of the image's type, or float32 as told under ``gram_no_distortions``.
+            of the image's type, or float32 as told under ``gram_no_distortions``. With
+            ``color_on='device'`` also ``colors``: the :class:`Distortion` of each global and local
+            crop, and the settings that all share.
 
         Raises:
             TypeError: If the image is no such array.

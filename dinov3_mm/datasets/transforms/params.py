@@ -6,7 +6,7 @@ which is how the pixel operations are compared with torchvision.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -73,6 +73,16 @@ class MultiCropParams:
     global_crops: list[CropParams]
     local_crops: list[CropParams]
     shared: Distortion = field(default_factory=Distortion)
+
+
+def without_colors(params: MultiCropParams) -> MultiCropParams:
+    """The geometry alone."""
+    return MultiCropParams(
+        *(
+            [replace(crop, distortion=Distortion()) for crop in crops]
+            for crops in (params.global_crops, params.local_crops)
+        )
+    )
 
 
 class Uniforms:

@@ -175,7 +175,8 @@ class MultiDistillation(BaseModel):
             The metrics of each student as ``student/<name>/<metric>``.
         """
         wanted = ("global_crops", "local_crops", "masks_of", *MASKS)
-        data = self.data_preprocessor.cast_data({key: data[key] for key in wanted if key in data})
+        # Distorted crops are 8-bit again, as the students' own preprocessors expect them.
+        data = self.data_preprocessor.receive(data, [key for key in wanted if key in data])
         features = self._teacher_features(data)
         crops = self._student_crops(data)
         logs = {}

@@ -1,6 +1,6 @@
 """From a collated batch of crops to what the algorithm takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from mmengine.model import BaseDataPreprocessor
@@ -10,6 +10,8 @@ from torch import Tensor
 from dinov3_mm.checkpoints.statistics import statistics_of_data
 from dinov3_mm.models.backbones.zoo import IMAGENET_MEAN, IMAGENET_STD
 
+from .device_colors import COLORED_CROPS, apply_colors
+
 REQUIRED = ("global_crops", "local_crops", "masks", "mask_indices", "masks_weight")
 CROPS = ("global_crops", "local_crops", "gram_crops")
 
@@ -18,7 +20,8 @@ CROPS = ("global_crops", "local_crops", "gram_crops")
 class MultiCropPreprocessor(BaseDataPreprocessor):
     """Moves a collated batch to the device and normalises its crops there.
 
-    8-bit crops travel as uint8, a quarter of the bytes of float32.
+    8-bit crops travel as uint8, a quarter of the bytes of float32. A batch that brings drawn
+    ``colors`` (``MultiCrop(color_on='device')``) is distorted first.
 
     Args:
         mean: mean per channel, of values in 0..1; default: ImageNet's.
@@ -68,8 +71,9 @@ class MultiCropPreprocessor(BaseDataPreprocessor):
             data: batch of the multi-crop collate function: ``global_crops`` (2B, C, S, S) and
                 ``local_crops`` (L*B, C, s, s), optionally ``gram_crops`` (2B, C, Sg, Sg), uint8 or
                 float32 in 0..255; ``masks`` (2B, N) bool, ``mask_indices`` (M,) int64,
-                ``masks_weight`` (M,) float32. Other entries stay behind.
-            training: has no effect; augmentation is done.
+                ``masks_weight`` (M,) float32; perhaps ``colors``, with which the global and local
+                crops are then distorted. Other entries stay behind.
+            training: has no effect: a batch that was drawn is distorted.
 
         Raises:
             TypeError: ``data`` is no such dict, or crops of another dtype.
@@ -87,11 +91,29 @@ class MultiCropPreprocessor(BaseDataPreprocessor):
                 "the multi-crop collate function (train_dataloader.transform of type MultiCrop)"
             )
         wanted = [*REQUIRED, *(["gram_crops"] if data.get("gram_crops") is not None else [])]
-        batch = self.cast_data({key: data[key] for key in wanted})
+        batch = self.receive(data, wanted)
         for key in CROPS:
             if key in batch:
                 batch[key] = self.normalize(key, batch[key])
         return dict(inputs=batch, data_samples=None)
+
+    def receive(self, data: Mapping, keys: Iterable[str]) -> dict:
+        """Entries of a collated batch on the device, their crops distorted but not normalised.
+
+        Raises:
+            ValueError: ``colors`` that were not drawn for these crops.
+        """
+        batch = self.cast_data({key: data[key] for key in keys})
+        colors = data.get("colors")
+        if colors is not None:
+            for key in COLORED_CROPS:
+                batch[key] = apply_colors(
+                    batch[key],
+                    colors[key],
+                    blur_kernel=colors["blur_kernel"],
+                    solarize_threshold=colors["solarize_threshold"],
+                )
+        return batch
 
     def normalize(self, key: str, crops: Tensor) -> Tensor:
         """``(crops / 255 - mean) / std`` in float32.
