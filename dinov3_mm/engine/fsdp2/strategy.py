@@ -23,6 +23,7 @@ from dinov3_mm.engine.runner.sharded_state import (
 from dinov3_mm.engine.strategy import BEFORE_THE_FIRST_STEP, PretrainStrategy, training_device
 
 from .accumulation import GradientReduction
+from .alignment import check_alignment
 from .initialisation import WholeTensorDraws, check_initialised, materialise
 from .sharding import ShardingPolicy, build_mesh, shard_model, sharded_modules
 
@@ -48,7 +49,8 @@ class FSDP2Strategy(PretrainStrategy):
         **kwargs: See :class:`mmengine._strategy.BaseStrategy`.
 
     Raises:
-        ValueError: If a dtype is unknown, or the ranks cannot be cut into the replicas.
+        ValueError: If a dtype is unknown, the ranks cannot be cut into the replicas, or student and
+            EMA teacher are not aligned.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class FSDP2Strategy(PretrainStrategy):
         if self.save_in_background:
             self._background_group = new_background_group()
         shard_model(self._accelerated(model), mesh, self.policy)
+        pairs = check_alignment(model)
         materialise(model, training_device())
         torch.manual_seed(torch_seed(self.seed, BEFORE_THE_FIRST_STEP))
         with WholeTensorDraws():
@@ -106,7 +109,8 @@ class FSDP2Strategy(PretrainStrategy):
             f"FSDP2: {len(sharded_modules(model))} units over {_words(mesh)}; "
             f"{total / 1e6:.2f} M parameters, {local / 1e6:.2f} M on this rank; gathered as "
             f"{self.policy.param_dtype or torch.float32}, reduced as {self.policy.reduce_dtype}, "
-            f"resharded after forward: {self.policy.reshard_after_forward}"
+            f"resharded after forward: {self.policy.reshard_after_forward}; EMA teacher aligned "
+            f"with the student: {pairs} parameters"
         )
         return model
 
