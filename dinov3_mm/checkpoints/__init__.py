@@ -3,6 +3,7 @@
 from .build import build_backbone, list_backbones
 from .export import export_backbone, read_metadata
 from .foreign_names import to_hf, to_timm
+from .heads import DINOv3HeadPretrained, export_head, load_head
 from .initializer import DINOv3Pretrained
 from .installing import install_weights, load_backbone_weights
 from .io import atomic_write
@@ -12,6 +13,7 @@ from .statistics import Statistics, read_statistics
 from .weights_record import DINOv3Recorded
 
 __all__ = [
+    "DINOv3HeadPretrained",
     "DINOv3Pretrained",
     "DINOv3Recorded",
     "ForeignCheckpoint",
@@ -20,9 +22,11 @@ __all__ = [
     "atomic_write",
     "build_backbone",
     "export_backbone",
+    "export_head",
     "install_weights",
     "list_backbones",
     "load_backbone_weights",
+    "load_head",
     "load_weights",
     "read_metadata",
     "read_statistics",
