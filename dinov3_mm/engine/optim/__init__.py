@@ -2,6 +2,7 @@
 
 from .constructor import PretrainOptimConstructor
 from .layer_decay import LayerDecayOptimConstructor
+from .one_cycle import WarmupOneCycleLR, WarmupOneCycleMomentum
 from .param_groups import BACKBONE, ParamMultipliers, build_param_groups, param_multipliers
 from .schedule_config import build_schedule, lr_scale, scale_lr_schedule
 from .schedules import (
@@ -24,6 +25,8 @@ __all__ = [
     "PretrainOptimWrapper",
     "Schedule",
     "WarmupCosineSchedule",
+    "WarmupOneCycleLR",
+    "WarmupOneCycleMomentum",
     "build_param_groups",
     "build_schedule",
     "lr_scale",
