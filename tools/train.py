@@ -59,8 +59,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--teacher",
-        metavar="FILE",
-        help="training checkpoint or export with heads of the teacher; for distillation configs",
+        action="append",
+        metavar="[NAME=]FILE",
+        help="training checkpoint or export with heads of the teacher; for distillation configs. "
+        "Of several teachers once for each, with its name",
     )
     parser.add_argument(
         "--from-stage",

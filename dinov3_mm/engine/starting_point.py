@@ -1,6 +1,6 @@
 """Where a run starts: the images and the weights that a command line gives, and their checks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -11,6 +11,7 @@ from dinov3_mm.engine.autoscale import RECORD
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.models.backbones.zoo import ZOO
 from dinov3_mm.models.pretraining.distillation_teacher import RANDOM
+from dinov3_mm.suggest import hint
 
 FOLDER = "ImageFolder"
 INITIALIZER = "DINOv3Pretrained"
@@ -95,11 +96,16 @@ def settle_weights(cfg: Config, stored: Mapping | None = None) -> list[str]:
     return [_set_statistics(cfg, _statistics_of(init_cfg["checkpoint"]))]
 
 
-def set_teacher(cfg: Config, teacher: str) -> None:
-    """Distil from the teacher in the file ``teacher``.
+def set_teacher(cfg: Config, given: str | Sequence[str]) -> None:
+    """Distil from the teacher in a file, or from several.
+
+    Args:
+        cfg: a distillation config, changed in place.
+        given: the file; for ``model.distillation.teachers`` one ``NAME=FILE`` for each.
 
     Raises:
-        ConfigError: the config has no distillation teacher, or there is no such file.
+        ConfigError: the config has no distillation teacher or another number of them, an unknown
+            or missing name, or there is no such file.
     """
     hook = _teacher_hook(cfg)
     if hook is None:
@@ -108,10 +114,46 @@ def set_teacher(cfg: Config, teacher: str) -> None:
             "dict(type='DistillationHook', ...) in custom_hooks, such as those of "
             "configs/dinov3/distill_*.py"
         )
-    path = Path(teacher).expanduser()
+    given = [given] if isinstance(given, str) else list(given)
+    names = _teacher_names(cfg)
+    if names:
+        hook["checkpoint"] = {name: _teacher_file(file) for name, file in _named(given, names)}
+        return
+    if len(given) > 1:
+        raise ConfigError(
+            f"--teacher: {len(given)} files, but this config has one teacher; several are described"
+            " in model.distillation.teachers"
+        )
+    hook["checkpoint"] = _teacher_file(given[0])
+
+
+def _teacher_names(cfg: Config) -> tuple[str, ...]:
+    """Names of several teachers; nothing for a single one."""
+    return tuple((cfg.get("model", {}).get("distillation") or {}).get("teachers") or ())
+
+
+def _named(given: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
+    """``NAME=FILE`` as pairs, one for each name."""
+    pairs = [item.partition("=")[::2] for item in given]
+    wanted = " ".join(f"--teacher {name}=FILE" for name in names)
+    for (name, file), item in zip(pairs, given):
+        if not file:
+            raise ConfigError(f"--teacher {item}: this config has several teachers; give {wanted}")
+        if name not in names:
+            raise ConfigError(
+                f"--teacher {item}: no teacher is called {name!r}; {hint(name, names)}"
+            )
+    found = [name for name, _ in pairs]
+    if sorted(found) != sorted(names):
+        raise ConfigError(f"--teacher: {', '.join(found)} given; each teacher needs one: {wanted}")
+    return pairs
+
+
+def _teacher_file(file: str) -> str:
+    path = Path(file).expanduser()
     if not path.exists():
         raise ConfigError(f"--teacher: {path} does not exist")
-    hook["checkpoint"] = str(path)
+    return str(path)
 
 
 def settle_teacher(cfg: Config) -> list[str]:
@@ -121,18 +163,32 @@ def settle_teacher(cfg: Config) -> list[str]:
         Lines for the log.
 
     Raises:
-        ConfigError: no file.
+        ConfigError: no file, or files that state different statistics.
     """
     hook = _teacher_hook(cfg)
     if hook is None:
         return []
-    if hook.get("checkpoint") is None:
+    checkpoint, names = hook.get("checkpoint"), _teacher_names(cfg)
+    if checkpoint is None:
+        how = " ".join(f"--teacher {name}=FILE" for name in names) or "--teacher FILE"
         raise ConfigError(
-            "no teacher to distil from: give its file with --teacher FILE, a training checkpoint "
+            f"no teacher to distil from: give its file with {how}, a training checkpoint "
             "or teacher export with backbone and both heads"
         )
-    known = None if hook["checkpoint"] == RANDOM else _statistics_of(hook["checkpoint"])
-    return [] if known is None else [_set_statistics(cfg, known)]
+    files = checkpoint if isinstance(checkpoint, Mapping) else {"": checkpoint}
+    known = {
+        name: statistics
+        for name, file in files.items()
+        if file != RANDOM and (statistics := _statistics_of(file)) is not None
+    }
+    first = next(iter(known.values()), None)
+    if any(list(map(list, each[:2])) != list(map(list, first[:2])) for each in known.values()):
+        stated = {name: (each.mean, each.std) for name, each in known.items()}
+        raise ConfigError(
+            f"the teachers take inputs of different statistics (mean and std): {stated}. All see "
+            "the same normalised crops: choose teachers that were trained alike"
+        )
+    return [] if first is None else [_set_statistics(cfg, first)]
 
 
 def settle_data(cfg: Config) -> None:

@@ -1,25 +1,29 @@
 """Life of the distillation teacher: where its weights come from, whether it is still the same."""
 
 import math
+from collections.abc import Mapping
 from os import PathLike
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
+from dinov3_mm.models.pretraining import DistillationTeachers
+
 STATE_KEY = "distillation_teacher"
 
 
 @HOOKS.register_module()
 class DistillationHook(Hook):
-    """Gives the frozen distillation teacher its weights before training.
+    """Gives the frozen distillation teacher, or several, their weights before training.
 
     Training checkpoints do not hold the teacher: the file is read again when a run is resumed, and
     must still hold the same weights.
 
     Args:
         checkpoint: Backbone and both heads: a training checkpoint (its EMA teacher is taken) or an
-            official teacher export. ``'random'`` keeps random weights, for tests.
+            official teacher export. ``'random'`` keeps random weights, for tests. For several
+            teachers a dict: the file of each by its name.
 
     Raises:
         ValueError: In ``before_train``: no file, a model without distillation teacher, weights
@@ -28,7 +32,7 @@ class DistillationHook(Hook):
 
     priority = "HIGH"
 
-    def __init__(self, checkpoint: str | PathLike | None = None):
+    def __init__(self, checkpoint: str | PathLike | Mapping[str, str | PathLike] | None = None):
         self.checkpoint = checkpoint
         self._fingerprint: dict[str, float] = {}
         self._expected: dict[str, float] | None = None
@@ -48,6 +52,11 @@ class DistillationHook(Hook):
                 "(tools/train.py: --teacher FILE), a training checkpoint or teacher export with "
                 "backbone and heads"
             )
+        if isinstance(self.checkpoint, Mapping) and not isinstance(teacher, DistillationTeachers):
+            raise ValueError(
+                f"the model has one distillation teacher: give DistillationHook checkpoint=FILE, "
+                f"not {dict(self.checkpoint)}"
+            )
         runner.logger.info(f"distillation teacher: {teacher.load(self.checkpoint)}")
         self._fingerprint = teacher.fingerprint()
         if self._expected is not None:
@@ -64,7 +73,9 @@ class DistillationHook(Hook):
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Keep what the teacher is known by."""
-        checkpoint[STATE_KEY] = {"file": str(self.checkpoint), "fingerprint": self._fingerprint}
+        several = isinstance(self.checkpoint, Mapping)
+        file = dict(self.checkpoint) if several else str(self.checkpoint)
+        checkpoint[STATE_KEY] = {"file": str(file), "fingerprint": self._fingerprint}
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Remember what the teacher of a resumed run is known by."""

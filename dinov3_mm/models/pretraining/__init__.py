@@ -6,12 +6,15 @@ from .gram_teacher import GramTeacher
 from .head import DINOv3Head
 from .multi_distillation import MultiDistillation
 from .preprocessor import MultiCropPreprocessor
+from .several_teachers import DistillationTeachers, TeacherHeads
 
 __all__ = [
     "DINOv3",
     "DINOv3Head",
     "DistillationTeacher",
+    "DistillationTeachers",
     "GramTeacher",
     "MultiCropPreprocessor",
     "MultiDistillation",
+    "TeacherHeads",
 ]

@@ -1,5 +1,6 @@
 """How student and teacher are compared through their prototypes: whole, or in chunks of them."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,10 @@ class WholeComparison:
     ) -> Tensor:
         """IBOT loss of the masked patches."""
         return ibot_loss(scores, assignments, weights, num_images, student_temp=student_temp)
+
+    def combine(self, losses: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict]:
+        """The losses of all teachers, and those of each: there is one."""
+        return losses, {}
 
 
 class Projections(NamedTuple):
@@ -153,6 +158,10 @@ class ChunkedComparison:
             weights.float() / num_images,
             student_temp,
         )
+
+    def combine(self, losses: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict]:
+        """See :meth:`WholeComparison.combine`."""
+        return losses, {}
 
     def _cross_entropy(self, *arguments) -> Tensor:
         return chunked_cross_entropy(*arguments, chunk_size=self.chunk_size)

@@ -4,6 +4,7 @@ With several ranks, ``gather_rows`` first gives each the rows of all.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -98,27 +99,46 @@ def patch_cls_cosine(cls: Tensor, patches: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def diagnose(cls: Tensor, patches: Tensor, probs: Tensor) -> dict[str, Tensor]:
+def diagnose(
+    cls: Tensor, patches: Tensor, probs: Tensor | Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """All diagnostics of the teacher's view of the global crops.
 
     Args:
         cls: (n, D) CLS tokens.
         patches: (n, N, D) patch tokens.
-        probs: (n, K) Sinkhorn-Knopp assignments of the CLS tokens.
+        probs: (n, K) Sinkhorn-Knopp assignments of the CLS tokens, of several teachers by name.
 
     Returns:
         Scalars over the batch of all ranks: ``diag/prototype_usage``, ``diag/feature_rank`` and
         ``diag/cls_spread``; over this rank's images, to be averaged over ranks:
         ``diag/teacher_entropy`` with its bound ``diag/teacher_entropy_max`` (ln K), and
-        ``diag/patch_cls_cosine``.
+        ``diag/patch_cls_cosine``. With several teachers what is about assignments is the mean over
+        them, and that of each is ``diag/NAME/...``.
     """
-    num_prototypes = probs.shape[1]
     features = gather_rows(cls.float())
+    return {
+        **_of_assignments(probs),
+        "diag/feature_rank": feature_rank(features),
+        "diag/cls_spread": feature_spread(features),
+        "diag/patch_cls_cosine": patch_cls_cosine(cls, patches),
+    }
+
+
+def _of_assignments(probs: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(probs, Mapping):
+        each = {name: _of_assignments(own) for name, own in probs.items()}
+        keys = next(iter(each.values()))
+        means = {key: torch.stack([own[key] for own in each.values()]).mean() for key in keys}
+        apart = {
+            f"diag/{name}/{key.removeprefix('diag/')}": value
+            for name, own in each.items()
+            for key, value in own.items()
+        }
+        return {**means, **apart}
+    num_prototypes = probs.shape[1]
     return {
         "diag/teacher_entropy": assignment_entropy(probs),
         "diag/teacher_entropy_max": probs.new_full((), math.log(num_prototypes)),
         "diag/prototype_usage": prototype_usage(gather_rows(probs.argmax(-1)), num_prototypes),
-        "diag/feature_rank": feature_rank(features),
-        "diag/cls_spread": feature_spread(features),
-        "diag/patch_cls_cosine": patch_cls_cosine(cls, patches),
     }

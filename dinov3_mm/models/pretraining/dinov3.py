@@ -17,14 +17,8 @@ from dinov3_mm.suggest import hint
 
 from .comparison import build_comparison
 from .diagnostics import diagnose
-from .distillation_teacher import (
-    DistillationTeacher,
-    TeacherFeatures,
-    check_student,
-    resolve_distillation,
-    with_prototypes,
-)
-from .gram_teacher import GramTeacher, gram_term, resize_to_student
+from .distillation_teacher import DistillationTeacher, TeacherFeatures
+from .gram_teacher import GramTeacher, check_gram_crops, gram_term, resize_to_student
 from .options import (
     DINO_DEFAULTS,
     IBOT_DEFAULTS,
@@ -32,6 +26,12 @@ from .options import (
     resolve_gram,
     resolve_koleo,
     resolve_options,
+)
+from .several_teachers import (
+    DistillationTeachers,
+    SeveralComparison,
+    fit_student,
+    resolve_distillation,
 )
 from .student import build_student, check_batch_norm, check_mask_token, follow, load_network
 from .terms import StudentView, TeacherView, as_scalar, count_local_crops, image_terms
@@ -75,7 +75,9 @@ class DINOv3(BaseModel):
             gives both networks the same grid of tokens). ``DistillationHook`` reads its weights.
             The student's ``num_prototypes`` are the teacher's; the EMA teacher still follows the
             student and is what is evaluated and exported. A :class:`DistillationTeacher` that lives
-            elsewhere can be given too.
+            elsewhere can be given too. ``teachers=dict(NAME=dict(...))`` alone describes several,
+            each with a ``weight`` (by default one over their number): the student has a DINO and an
+            iBOT head for each, and their terms are added up by weight.
         student_temp: temperature of the student's softmax.
         compute_dtype: 'fp32', or 'bf16' for bfloat16 autocast in backbones and heads; losses are
             always float32.
@@ -143,8 +145,10 @@ class DINOv3(BaseModel):
 
         teacher, scale = resolve_distillation(distillation, has_gram=self.gram is not None)
         if teacher is not None:
-            dino_head = with_prototypes(dino_head, teacher["dino_head"])
-            ibot_head = with_prototypes(ibot_head, teacher["ibot_head"])
+            dino_head = teacher.head_config(dino_head, "dino_head")
+            ibot_head = teacher.head_config(ibot_head, "ibot_head")
+        if isinstance(teacher, DistillationTeachers):
+            self.comparison = SeveralComparison(self.comparison, teacher.weights)
         self.student = build_student(backbone, dino_head, ibot_head)
         check_batch_norm(self.student, has_frozen_teacher=teacher is not None)
         if self.mask_student:
@@ -153,7 +157,7 @@ class DINOv3(BaseModel):
         if self.gram is not None and self.gram["teacher"] == "frozen":
             self.gram_teacher = GramTeacher(self.student.backbone)
         if teacher is not None:
-            self.resolution_scale = check_student(self.student, teacher, scale)
+            self.resolution_scale = fit_student(self.student, teacher, scale)
             if teacher is not distillation:
                 self.distillation_teacher = teacher
         self.listen_to(teacher)
@@ -286,7 +290,8 @@ class DINOv3(BaseModel):
         Returns:
             ``loss`` (the weighted sum, with gradient); detached and unweighted
             ``dino_local_loss``, ``dino_global_loss``, ``koleo_loss``, ``ibot_loss`` and
-            ``dino_local_weight``; with a Gram term ``gram_loss``, ``gram_weight`` (and
+            ``dino_local_weight``; with several teachers the losses of each as
+            ``teacher/NAME/...``; with a Gram term ``gram_loss``, ``gram_weight`` (and
             ``gram_loss_masked``, ``gram_loss_unmasked`` with ``compute_stats``); with
             ``collect_diagnostics`` the ``diag/...`` values.
 
@@ -377,12 +382,7 @@ class DINOv3(BaseModel):
     def _gram_targets(self, teacher: TeacherView, batch: Mapping[str, Tensor]) -> Tensor:
         """Patch tokens (2B, N, D) that the student's Gram matrices are compared with."""
         crops = batch.get("gram_crops")
-        if (crops is not None) != (self.gram["teacher"] == "frozen"):
-            raise ValueError(
-                f"gram teacher={self.gram['teacher']!r} and a batch "
-                f"{'without' if crops is None else 'with'} gram_crops: a frozen Gram teacher needs "
-                "its own crops (gram_size of the multi-crop transform), the EMA teacher has none"
-            )
+        check_gram_crops(crops, self.gram["teacher"])
         if crops is None:
             return teacher.patches
         backbone = self.gram_teacher.backbone

@@ -48,10 +48,14 @@ class DistillationTeacher(nn.ModuleDict):
         """Stay in eval mode."""
         return super().train(False)
 
-    def init_weights(self) -> None:
-        """Draw random weights without touching the generator that the student draws from."""
+    def init_weights(self, offset: int = 1) -> None:
+        """Draw random weights without touching the generator that the student draws from.
+
+        Args:
+            offset: other ones for each value.
+        """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch.initial_seed() + 1)
+            torch.manual_seed(torch.initial_seed() + offset)
             for module in self.values():
                 module.init_weights()
 
@@ -140,6 +144,10 @@ class DistillationTeacher(nn.ModuleDict):
             )
         return tokens
 
+    def head_config(self, head: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """A student's head config, with the teacher's number of prototypes if it gives none."""
+        return with_prototypes(head, self[name])
+
     def require_ready(self) -> None:
         """Raise a ``RuntimeError`` while the teacher has no weights."""
         if not self.is_ready:
@@ -196,23 +204,16 @@ class TeacherFeatures:
         return self._kept[key]
 
 
-def resolve_distillation(
-    given: Mapping[str, Any] | DistillationTeacher | None, *, has_gram: bool
-) -> tuple[DistillationTeacher | None, float | None]:
-    """The teacher that the ``distillation`` argument of ``DINOv3`` describes, and its scale.
+def build_teacher(given: Mapping[str, Any]) -> tuple[DistillationTeacher, float | None]:
+    """A teacher and its ``resolution_scale``.
 
     Raises:
-        ValueError: an unknown or missing setting, or a teacher beside a Gram term.
+        ValueError: an unknown or missing setting.
     """
-    if given is not None and has_gram:
-        raise ValueError(
-            "a distillation has no Gram term: its teacher is frozen already; set gram=None"
-        )
-    if given is None or isinstance(given, DistillationTeacher):
-        return given, None
     for key in given:
         if key not in SETTINGS:
-            raise ValueError(f"distillation has no setting {key!r}; {hint(key, SETTINGS)}")
+            known = (*SETTINGS, "teachers")
+            raise ValueError(f"distillation has no setting {key!r}; {hint(key, known)}")
     missing = [key for key in SETTINGS[:3] if given.get(key) is None]
     if missing:
         raise ValueError(f"distillation needs the teacher's {' and '.join(missing)}")

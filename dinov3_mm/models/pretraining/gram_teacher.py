@@ -64,6 +64,16 @@ class GramTeacher(nn.Module):
         self.is_ready = True
 
 
+def check_gram_crops(crops: Tensor | None, teacher: str) -> None:
+    """Raise a ``ValueError`` unless a frozen Gram teacher has crops, and the EMA teacher none."""
+    if (crops is not None) != (teacher == "frozen"):
+        raise ValueError(
+            f"gram teacher={teacher!r} and a batch {'without' if crops is None else 'with'} "
+            "gram_crops: a frozen Gram teacher needs its own crops (gram_size of the multi-crop "
+            "transform), the EMA teacher has none"
+        )
+
+
 def _mirror_ready(module: GramTeacher, _incompatible_keys: object) -> None:
     module.is_ready = bool(module.ready)
 

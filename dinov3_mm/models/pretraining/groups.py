@@ -35,6 +35,14 @@ class StudentRanks:
         return self.index is not None
 
 
+def check_name(name: str, what: str) -> None:
+    """Raise a ``ValueError`` for what cannot be the name of a student or teacher."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} cannot be the name of a {what}: use letters, digits and underscores"
+        )
+
+
 def place_students(given: Mapping[str, Sequence[int] | None]) -> dict[str, StudentRanks]:
     """Place students on the ranks of the process group.
 
@@ -48,10 +56,7 @@ def place_students(given: Mapping[str, Sequence[int] | None]) -> dict[str, Stude
             each rank of the world exactly once.
     """
     for name in given:
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"{name!r} cannot be the name of a student: use letters, digits and underscores"
-            )
+        check_name(name, "student")
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     if world == 1 or not any(given.values()):
         return {name: StudentRanks(None, rank) for name in given}

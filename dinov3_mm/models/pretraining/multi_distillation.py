@@ -15,7 +15,7 @@ from dinov3_mm.suggest import hint
 
 from .comparison import NUM_GLOBAL_CROPS
 from .dinov3 import DINOv3
-from .distillation_teacher import TeacherFeatures, resolve_distillation
+from .distillation_teacher import TeacherFeatures, build_teacher
 from .groups import StudentRanks, group_as_world, place_students, share_crops
 from .options import check_compute_dtype
 
@@ -72,7 +72,12 @@ class MultiDistillation(BaseModel):
         if not students:
             raise ValueError("students must name at least one student")
         self.compute_dtype = check_compute_dtype(compute_dtype)
-        self.distillation_teacher, _ = resolve_distillation(teacher, has_gram=False)
+        if "teachers" in teacher:
+            raise ValueError(
+                "several students have one teacher; several teachers have one student: a run of "
+                "type DINOv3 with distillation=dict(teachers=...)"
+            )
+        self.distillation_teacher, _ = build_teacher(teacher)
         self.placement = place_students({n: cfg.get("ranks") for n, cfg in students.items()})
         self.groups: dict[str, dist.ProcessGroup | None] = dict.fromkeys(students)
         self.strides: dict[str, int] = {}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..losses import koleo_loss
 from .comparison import NUM_GLOBAL_CROPS, ChunkedComparison, WholeComparison
+from .several_teachers import SeveralComparison
 
 
 class TeacherView(NamedTuple):
@@ -39,7 +40,7 @@ def image_terms(
     student: StudentView,
     batch: Mapping[str, Tensor],
     *,
-    comparison: WholeComparison | ChunkedComparison,
+    comparison: WholeComparison | ChunkedComparison | SeveralComparison,
     num_local: int,
     local_weight: float | Tensor,
     student_temp: float,
@@ -49,7 +50,8 @@ def image_terms(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the terms, and each of them unweighted.
 
-    The two DINO terms share ``dino['weight']`` in proportion to their numbers of crop pairs.
+    Of several teachers the DINO and iBOT terms are the weighted sums. The two DINO terms share
+    ``dino['weight']`` in proportion to their numbers of crop pairs.
 
     Args:
         teacher: the teacher's view of the batch.
@@ -81,23 +83,25 @@ def image_terms(
         len(batch["masks"]),
         student_temp=student_temp,
     )
+    compared, of_teachers = comparison.combine(
+        {"dino_local_loss": local_loss, "dino_global_loss": global_loss, "ibot_loss": patch_loss}
+    )
     spread_loss = _koleo_term(_per_crop(student.global_cls, NUM_GLOBAL_CROPS), koleo)
 
     global_pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - ignore_diagonal)
     local_pairs = NUM_GLOBAL_CROPS * num_local
     local_share = local_pairs / (local_pairs + global_pairs)
     total = (
-        dino["weight"] * local_share * local_weight * local_loss
-        + dino["weight"] * (1 - local_share) * global_loss
+        dino["weight"] * local_share * local_weight * compared["dino_local_loss"]
+        + dino["weight"] * (1 - local_share) * compared["dino_global_loss"]
         + koleo["weight"] * NUM_GLOBAL_CROPS * spread_loss
-        + ibot["weight"] * patch_loss
+        + ibot["weight"] * compared["ibot_loss"]
     )
     return total, {
-        "dino_local_loss": local_loss,
-        "dino_global_loss": global_loss,
+        **compared,
         "koleo_loss": spread_loss,
-        "ibot_loss": patch_loss,
         "dino_local_weight": as_scalar(local_weight, total),
+        **of_teachers,
     }
 
 
