@@ -11,7 +11,7 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from .report import shortened
-from .source import first_line
+from .torch_file import reason_of_refusal
 
 
 def load_run_checkpoint(model: nn.Module, path: str | os.PathLike) -> dict[str, Any]:
@@ -65,10 +65,7 @@ def read_run_checkpoint(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_SAFE):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path} was not loaded: it is damaged, no file of torch.save, or holds objects that "
-            f"could run code ({first_line(error)})"
-        ) from error
+        raise ValueError(f"{path} was not loaded: {reason_of_refusal(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict")
     return content
@@ -83,11 +80,17 @@ def _history_method(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
+_multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
 _SAFE = [
     HistoryBuffer,
     np.ndarray,
     np.dtype,
-    np._core.multiarray._reconstruct,
-    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32")),
+    # numpy 1 and numpy 2 write different module names.
+    *(
+        (function, f"numpy.{module}.multiarray.{function.__name__}")
+        for function in (_multiarray._reconstruct, _multiarray.scalar)
+        for module in ("core", "_core")
+    ),
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
     (_history_method, "builtins.getattr"),
 ]

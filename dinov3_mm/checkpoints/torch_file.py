@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .source import OpenedCheckpoint, first_line
+from .source import OpenedCheckpoint, StoredTensor, first_line
 
 # Entries that hold the weights inside a torch file, the most wanted first: the EMA model before
 # the model in training.
@@ -28,7 +28,7 @@ def open_torch_file(path: Path, *, is_zip: bool) -> OpenedCheckpoint:
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
-        raise ValueError(f"{path} was not loaded: {_reason(error)}") from error
+        raise ValueError(f"{path} was not loaded: {reason_of_refusal(error)}") from error
     if not isinstance(tree, Mapping):
         raise ValueError(f"{path} holds a {type(tree).__name__}; expected a dict of tensors")
     entries = [name for name in _WEIGHT_ENTRIES if _holds_tensors(tree.get(name))]
@@ -39,10 +39,17 @@ def open_torch_file(path: Path, *, is_zip: bool) -> OpenedCheckpoint:
         tuple(tensors),
         lambda names: {name: tensors[name] for name in names},
         notes=tuple(f"entry {name!r} ignored" for name in entries[1:]),
+        # Mapped tensors touch the file where they are read.
+        stored={name: _stored(tensor) for name, tensor in tensors.items()} if is_zip else None,
     )
 
 
-def _reason(error: Exception) -> str:
+def _stored(tensor: Tensor) -> StoredTensor:
+    return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda part: tensor[part].clone())
+
+
+def reason_of_refusal(error: Exception) -> str:
+    """Why ``torch.load(weights_only=True)`` gave up, in words for the user."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused is not None:
         return (

@@ -1,0 +1,156 @@
+"""A trained or released downstream model with its preprocessing, ready to predict."""
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from torch import nn
+
+from dinov3_mm.engine.host_config import set_head, set_host_weights, settle_host
+from dinov3_mm.engine.testing import load_model_weights
+
+# By class, the more special ones first.
+_JOBS = {
+    "DINOv3DepthEstimator": "depth",
+    "ImageClassifier": "classification",
+    "BaseSegmentor": "segmentation",
+    "BaseDetector": "detection",
+}
+
+
+@dataclass(frozen=True)
+class DownstreamModel:
+    """A model of a host and what belongs to it.
+
+    Attributes:
+        module: in eval mode.
+        pipeline: the config's test pipeline without the steps that read files.
+        job: 'classification', 'segmentation', 'detection' or 'depth'.
+        classes: names, empty where nothing states them (and for depth).
+        palette: RGB colours, one a class; empty where nothing states them.
+        scope: the host.
+    """
+
+    module: nn.Module
+    pipeline: Compose
+    job: str
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    scope: str
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[np.ndarray]) -> list:
+        """The host's data samples for (H, W, 3) uint8 RGB images, which are run one by one."""
+        samples = []
+        with DefaultScope.overwrite_default_scope(self.scope):
+            for index, image in enumerate(images):
+                item = self.pipeline(
+                    {
+                        "img": np.ascontiguousarray(image[..., ::-1]),
+                        "img_shape": image.shape[:2],
+                        "ori_shape": image.shape[:2],
+                        "height": image.shape[0],
+                        "width": image.shape[1],
+                        "img_path": f"image-{index}",
+                        "img_id": index,
+                    }
+                )
+                samples += self.module.test_step(pseudo_collate([item]))
+        return samples
+
+
+def load_model(
+    config: str | os.PathLike | Config,
+    checkpoint: str | os.PathLike | None = None,
+    *,
+    weights: str | os.PathLike | None = None,
+    head: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+) -> DownstreamModel:
+    """Load a downstream model.
+
+    Args:
+        config: config file, or config.
+        checkpoint: a training checkpoint. None takes what the config's ``init_cfg`` name, which
+            ``weights`` and ``head`` replace: a released backbone and head.
+        weights: file or name of the backbone's weights; with a checkpoint, where those lie that it
+            leaves out.
+        head: file of a released head.
+        device: None takes a GPU if there is one.
+
+    Raises:
+        ConfigError: weights or head that are not there, or that the config does not take.
+        FileNotFoundError: no such checkpoint.
+        ValueError: tensors that do not fit.
+    """
+    cfg = copy.deepcopy(config) if isinstance(config, Config) else Config.fromfile(config)
+    if weights is not None:
+        set_host_weights(cfg, str(weights))
+    if head is not None:
+        set_head(cfg, str(head))
+    if checkpoint is None:
+        settle_host(cfg)
+    scope = cfg.get("default_scope", "mmengine")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with DefaultScope.overwrite_default_scope(scope):
+        module = MODELS.build(cfg.model)
+        meta = load_model_weights(
+            module,
+            None if checkpoint is None else str(checkpoint),
+            weights=None if weights is None else str(weights),
+        )
+        dataset = _innermost(cfg.test_dataloader.dataset)
+        pipeline = Compose(_without_loading(dataset.pipeline))
+        facts = _facts(dataset, meta)
+    job = _job(module)
+    classes = tuple(facts.get("classes") or ())
+    palette = tuple(tuple(colour) for colour in facts.get("palette") or ())
+    return DownstreamModel(module.to(device).eval(), pipeline, job, classes, palette, scope)
+
+
+def _innermost(dataset: Config) -> Config:
+    while "dataset" in dataset:
+        dataset = dataset.dataset
+    return dataset
+
+
+def _without_loading(pipeline: Sequence[dict]) -> list[dict]:
+    return [step for step in pipeline if not step["type"].split(".")[-1].startswith("Load")]
+
+
+def _facts(dataset: Config, meta: dict[str, Any]) -> dict[str, Any]:
+    """Class names and colours: of the checkpoint, else of the config's data set."""
+    stated = {key.lower(): value for key, value in (meta.get("dataset_meta") or {}).items()}
+    if stated.get("classes"):
+        return stated
+    return DATASETS.build({**dataset, "lazy_init": True, "pipeline": []}).metainfo
+
+
+def _job(module: nn.Module) -> str:
+    """What a model does, from its class."""
+    kinds = [kind.__name__ for kind in type(module).__mro__]
+    for kind, job in _JOBS.items():
+        if kind in kinds:
+            return job
+    raise ValueError(f"a {kinds[0]} neither classifies, segments, detects nor estimates depth")
+
+
+def as_model(model: DownstreamModel | str | os.PathLike | Sequence, job: str) -> DownstreamModel:
+    """A loaded model for a job, loaded here if it is given as config or (config, checkpoint).
+
+    Raises:
+        ValueError: a model of another job.
+    """
+    if not isinstance(model, DownstreamModel):
+        model = load_model(*model) if isinstance(model, (tuple, list)) else load_model(Path(model))
+    if model.job != job:
+        raise ValueError(f"this model is one of {model.job}, not of {job}")
+    return model
