@@ -1,0 +1,22 @@
+"""Depth estimation on the features of a backbone, in the manner of mmseg."""
+
+from dinov3_mm.hosts import require_host
+
+require_host("mmseg")
+
+from .dpt_head import DINOv3DPTDepthHead  # noqa: E402
+from .estimator import DINOv3DepthEstimator  # noqa: E402
+from .linear_head import DINOv3LinearDepthHead  # noqa: E402
+from .losses import DINOv3DepthGradientLoss, DINOv3DepthL1Loss, DINOv3SigLoss  # noqa: E402
+from .relative_losses import DINOv3GradientMatchingLoss, DINOv3ScaleShiftLoss  # noqa: E402
+
+__all__ = [
+    "DINOv3DPTDepthHead",
+    "DINOv3DepthEstimator",
+    "DINOv3DepthGradientLoss",
+    "DINOv3DepthL1Loss",
+    "DINOv3GradientMatchingLoss",
+    "DINOv3LinearDepthHead",
+    "DINOv3ScaleShiftLoss",
+    "DINOv3SigLoss",
+]
