@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import MODELS, DefaultScope
@@ -10,6 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import dinov3_mm  # noqa: F401
+from dinov3_mm.models.backbones.zoo import zoo_row
 from tests.downstream.steps import CONFIGS, configs_of
 from tests.hosts.lane import require_hosts
 
@@ -57,3 +59,14 @@ def test_evaluation_transform_is_that_of_the_protocol(name, size, tmp_path):
     expected = protocol(Image.open(tmp_path / "image.png").convert("RGB"))
     assert given.shape == expected.shape
     assert (given - expected).abs().max() < 1e-5
+
+
+def test_metafile_describes_the_linear_configs():
+    models = yaml.safe_load((CONFIGS / "classification/metafile.yml").read_text())["Models"]
+    assert len(models) == 10
+    for model in models:
+        cfg = Config.fromfile(CONFIGS.parent / model["Config"])
+        row, head = zoo_row(model["Metadata"]["Backbone"]), cfg.model.head
+        assert cfg.model.backbone.init_cfg.checkpoint == model["Metadata"]["Backbone"]
+        classifier = (head.in_channels + 1) * head.num_classes
+        assert model["Metadata"]["Parameters"] == row.num_params + classifier
