@@ -7,11 +7,13 @@ from dataclasses import replace
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .inflation import check_rule, inflate_first_layer, inflation_hint
 from .loading import ForeignCheckpoint, load_weights
 from .report import LoadReport, shortened
 from .sharding import shard_state
+from .unread import reading_for_shards
 
 # A norm that training uses for local crops only. Some released files carry it and some do not, and
 # neither Hugging Face nor timm keeps it.
@@ -45,10 +47,16 @@ def load_backbone_weights(
             ``allow_partial``: if none fits). The backbone is then untouched.
     """
     check_rule(inflate)
-    checkpoint = load_weights(
-        path, periods=periods, reset_bias_mask=reset_bias_mask, arch=module.arch_settings
-    )
+    # Inflation computes with the first layer.
+    with reading_for_shards(inflate is None and _is_sharded(module)):
+        checkpoint = load_weights(
+            path, periods=periods, reset_bias_mask=reset_bias_mask, arch=module.arch_settings
+        )
     return install_weights(module, checkpoint, allow_partial=allow_partial, inflate=inflate)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def install_weights(
@@ -168,8 +176,10 @@ def _roundings(state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor]) -
     rounded: dict[torch.dtype, list[str]] = {}
     for name, stored in state_dict.items():
         tensor = target[name]
-        if torch.promote_types(stored.dtype, tensor.dtype) != tensor.dtype and not torch.equal(
-            stored.to(tensor.dtype).to(stored.dtype), stored
+        narrows = torch.promote_types(stored.dtype, tensor.dtype) != tensor.dtype
+        # Unread tensors are taken to lose what they may lose.
+        if narrows and (
+            stored.is_meta or not torch.equal(stored.to(tensor.dtype).to(stored.dtype), stored)
         ):
             rounded.setdefault(tensor.dtype, []).append(name)
     return [

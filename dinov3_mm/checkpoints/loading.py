@@ -17,7 +17,9 @@ from .qkv_bias import reset_bias_masks
 from .released import check_released, located
 from .report import LoadReport
 from .selecting import select_backbone
+from .source import OpenedCheckpoint
 from .statistics import Statistics, find_statistics
+from .unread import load_for_shards, on_first_rank, reads_for_shards
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,23 @@ def load_weights(
     """
     path = local_path(located(path))
     opened = open_checkpoint(path)
+    settings = (path, heads, periods, reset_bias_mask, arch or {})
+    if reads_for_shards():
+        on_first_rank(lambda: check_released(path))
+        return load_for_shards(opened, lambda opened: _convert(opened, *settings))
     check_released(path)
+    return _convert(opened, *settings)
+
+
+def _convert(
+    opened: OpenedCheckpoint,
+    path: Path,
+    heads: bool,
+    periods: str,
+    reset_bias_mask: bool,
+    arch: Mapping[str, Any],
+) -> ForeignCheckpoint:
+    """The backbone of an opened checkpoint under official names; see :func:`load_weights`."""
     selection = select_backbone(opened.names, str(path))
     if heads and not selection.heads:
         raise ValueError(f"{path} holds a backbone only; expected dino_head or ibot_head beside it")
@@ -96,7 +114,7 @@ def load_weights(
     }
     conversion = selection.layout.to_official(
         _read_finite(opened.read, selection.backbone, path),
-        ConversionRequest(periods, opened.config, arch or {}),
+        ConversionRequest(periods, opened.config, arch),
     )
     notes = [*conversion.notes, *opened.notes]
     if reset_bias_mask:
@@ -130,7 +148,9 @@ def _read_finite(
     """Tensors by official or foreign name; ``names`` maps these to the names in the file."""
     stored = read(names.values())
     tensors = {name: stored[stored_name] for name, stored_name in names.items()}
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    # What is unread is checked when it is.
+    present = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    broken = [name for name, tensor in present.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(
             f"{path} holds NaN or infinite values in {len(broken)} of {len(tensors)} tensors, e.g. "

@@ -1,18 +1,33 @@
 """Reading of safetensors: one file, or an index of shards in one folder."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .source import OpenedCheckpoint, first_line, read_config, read_json
+from .source import OpenedCheckpoint, StoredTensor, first_line, read_config, read_json
 
 EXPORT_KEY = "dinov3_mm"
 FORMAT_VERSION = 1
 INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 def is_safetensors(path: Path) -> bool:
@@ -32,9 +47,7 @@ def open_safetensors(path: Path) -> OpenedCheckpoint:
         export = _export_of(file.metadata(), path)
     # An export says all about itself; a config.json beside it belongs to something else.
     config = {} if export else read_config(path.parent)
-    return OpenedCheckpoint(
-        path, ".safetensors", tuple(location), _reader(location), config, export
-    )
+    return _checkpoint(path, ".safetensors", location, config, export)
 
 
 def open_index(path: Path) -> OpenedCheckpoint:
@@ -67,7 +80,7 @@ def open_index(path: Path) -> OpenedCheckpoint:
     container = f"{len(set(shard_of.values()))} safetensors shards"
     export = _export_of(index.get("metadata"), path)
     config = {} if export else read_config(path.parent)
-    return OpenedCheckpoint(path, container, tuple(location), _reader(location), config, export)
+    return _checkpoint(path, container, location, config, export)
 
 
 def read_export_header(path: Path) -> dict[str, Any]:
@@ -104,6 +117,43 @@ def _export_of(metadata: Any, path: Path) -> dict[str, Any]:
             f"reads up to {FORMAT_VERSION}, install a later one"
         )
     return header
+
+
+def _checkpoint(
+    path: Path,
+    container: str,
+    location: dict[str, Path],
+    config: dict[str, Any],
+    export: dict[str, Any],
+) -> OpenedCheckpoint:
+    read, stored = _reader(location), _StoredTensors(location)
+    return OpenedCheckpoint(path, container, tuple(location), read, config, export, stored=stored)
+
+
+class _StoredTensors(Mapping[str, StoredTensor]):
+    """Tensors that can be read in part; a file is opened when one of its tensors is asked for."""
+
+    def __init__(self, location: dict[str, Path]) -> None:
+        self._location = location
+
+    def __len__(self) -> int:
+        return len(self._location)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._location)
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        path = self._location[name]
+        with _opened(path) as file:
+            found = file.get_slice(name)
+            shape, dtype = tuple(found.get_shape()), _DTYPES[found.get_dtype()]
+
+        def read(part: tuple[slice, ...]) -> Tensor:
+            with _opened(path) as file:
+                # A scalar has no axis to cut.
+                return file.get_slice(name)[part] if part else file.get_tensor(name)
+
+        return StoredTensor(shape, dtype, read)
 
 
 def _opened(path: Path) -> safe_open:

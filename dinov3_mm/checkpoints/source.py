@@ -1,12 +1,28 @@
 """What every reader of a container format returns, and small helpers that they share."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file that can be read in part.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: as stored.
+        read: reads the part that a slice for every axis cuts out.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[tuple[slice, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -18,6 +34,7 @@ class OpenedCheckpoint:
         container: what it is, in words.
         names: names of the tensors as stored.
         read: reads the tensors of the given names on the CPU.
+        stored: every tensor as one that can be read in part; None where the container cannot.
         config: content of the ``config.json`` beside the weights, else empty.
         export: the JSON in the header of our own exports, else empty.
         notes: what was left aside on opening.
@@ -30,6 +47,7 @@ class OpenedCheckpoint:
     config: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    stored: Mapping[str, StoredTensor] | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from dinov3_mm.checkpoints.sharding import gather_whole
+from dinov3_mm.checkpoints.unread import reading_for_shards
 from dinov3_mm.datasets.randomness import torch_seed
 from dinov3_mm.engine.runner.sharded_state import (
     finish,
@@ -100,7 +101,7 @@ class FSDP2Strategy(PretrainStrategy):
         pairs = check_alignment(model)
         materialise(model, training_device())
         torch.manual_seed(torch_seed(self.seed, BEFORE_THE_FIRST_STEP))
-        with WholeTensorDraws():
+        with WholeTensorDraws(), reading_for_shards():
             model.init_weights()
         check_initialised(model)
         local = sum(_local(p).numel() for p in model.parameters())
