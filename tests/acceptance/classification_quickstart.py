@@ -65,7 +65,7 @@ def draw(checkpoint: Path, cfg: Config, path: Path) -> float:
     right = [
         answer["pred_label"] == int(sample["gt_label"]) for answer, sample in zip(answers, samples)
     ]
-    with saved_figure(path, (2.1 * COLUMNS, 2.4 * ROWS), dense=True) as figure:
+    with saved_figure(path, (2.1 * COLUMNS, 2.6 * ROWS)) as figure:
         for axes, sample, answer, is_right in zip(
             figure.subplots(ROWS, COLUMNS).flat, samples, answers, right
         ):
