@@ -28,7 +28,13 @@ from dinov3_mm.engine import (
     start_from_stage,
     start_processes,
 )
-from dinov3_mm.engine.host_config import is_host_config, set_data_root, set_host_weights
+from dinov3_mm.engine.feature_cache import use_feature_cache
+from dinov3_mm.engine.host_config import (
+    is_host_config,
+    set_data_root,
+    set_host_weights,
+    settle_host,
+)
 
 NEWEST = "newest"
 
@@ -75,6 +81,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="with --from-stage: the Gram teacher is the teacher of iteration N; default: of the "
         "config, or the newest",
+    )
+    parser.add_argument(
+        "--cache-features",
+        metavar="DIR",
+        help="compute the features of the frozen backbone once, into DIR, and train the head from "
+        "them; for downstream configs without random augmentation",
+    )
+    parser.add_argument(
+        "--cache-dtype", choices=("fp32", "bf16"), default="fp32", help="of cached features"
     )
     parser.add_argument("--seed", type=int, help="seed of data order, crops, masks and weights")
     parser.add_argument(
@@ -148,6 +163,14 @@ def settle_stage(cfg: Config, args: argparse.Namespace) -> list[str]:
     return start_from_stage(cfg, args.from_stage, gram_iter=args.gram_iter)
 
 
+def cache_features(cfg: Config, folder: str, dtype: str) -> list[str]:
+    """Train from features that are computed once; lines for the log."""
+    if not is_host_config(cfg):
+        raise ConfigError("--cache-features is for heads on a frozen backbone, not for pretraining")
+    settle_host(cfg)
+    return use_feature_cache(cfg, folder, dtype)
+
+
 def try_out(args: argparse.Namespace) -> None:
     """Dry run of the config."""
     from dinov3_mm.engine.dry_run import dry_run, print_report
@@ -170,7 +193,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     start_processes(args.launcher)
     cfg = load_config(args)
-    build_runner(cfg, notes=settle_stage(cfg, args)).train()
+    notes = settle_stage(cfg, args)
+    if args.cache_features is not None:
+        notes += cache_features(cfg, args.cache_features, args.cache_dtype)
+    build_runner(cfg, notes=notes).train()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Training: configs, launch, strategies, the loop, hooks and the optimizer."""
 
-from . import fsdp2, hooks, loops, optim, strategy, students  # noqa: F401  (registers them)
+# These register what configs name.
+from . import feature_cache, fsdp2, hooks, loops, optim, strategy, students  # noqa: F401
 from .build import build_runner
 from .config import ConfigError, apply_options, check_config, parse_options
 from .runner import LAUNCHERS, find_latest_checkpoint, start_processes

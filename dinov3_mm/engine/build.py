@@ -41,7 +41,7 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     if is_host_config(cfg):
         lines = settle_host(cfg)
         runner = RUNNERS.build(cfg)
-        for line in lines:
+        for line in (*notes, *lines):
             runner.logger.info(line)
         return runner
     fill_defaults(cfg)
