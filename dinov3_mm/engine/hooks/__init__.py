@@ -10,6 +10,7 @@ from .folder_evaluation import FolderEvalHook, SummaryHook
 from .frozen_backbone import FrozenBackboneHook
 from .gram_anchor import GramAnchorHook
 from .guards import CollapseGuardHook, NonFiniteGuardHook
+from .label_check import LabelCheckHook
 from .logging import ProgressHook
 from .per_student import PerStudentHook
 from .schedule import OptimScheduleHook
@@ -26,6 +27,7 @@ __all__ = [
     "FrozenBackboneHook",
     "GramAnchorHook",
     "KNNEvalHook",
+    "LabelCheckHook",
     "NonFiniteGuardHook",
     "OptimScheduleHook",
     "PerStudentHook",
