@@ -1,0 +1,1 @@
+_base_ = ['./dpt.py', './folder.py', './schedule_dpt.py', './runtime.py']

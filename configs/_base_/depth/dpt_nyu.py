@@ -1,0 +1,1 @@
+_base_ = ['./dpt.py', './nyu.py', './schedule_dpt.py', './runtime.py']

@@ -1,0 +1,1 @@
+_base_ = ['./linear.py', './folder.py', './schedule_linear.py', './runtime.py']

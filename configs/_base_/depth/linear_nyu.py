@@ -1,0 +1,1 @@
+_base_ = ['./linear.py', './nyu.py', './schedule_linear.py', './runtime.py']

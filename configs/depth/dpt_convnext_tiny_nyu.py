@@ -1,0 +1,9 @@
+_base_ = ['../_base_/backbones/convnext_tiny.py', '../_base_/depth/dpt_nyu.py']
+
+# The stages are a pyramid of strides 4, 8, 16 and 32 already.
+model = dict(
+    data_preprocessor=dict(mean=_base_.mean, std=_base_.std),
+    backbone=dict(_base_.backbone, out_indices=_base_.four_layers),
+    decode_head=dict(in_channels=_base_.four_dims, post_process_channels=_base_.four_dims, rescale=False),
+    input_multiple=32,
+)
