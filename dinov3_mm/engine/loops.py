@@ -13,6 +13,7 @@ from dinov3_mm.datasets import build_pretrain_dataloader
 from dinov3_mm.datasets.randomness import torch_seed
 from dinov3_mm.datasets.samplers import BatchLayout
 from dinov3_mm.engine.channel_check import check_channels
+from dinov3_mm.engine.cuda_graphs import check_settings
 
 
 @LOOPS.register_module()
@@ -97,6 +98,7 @@ class PretrainLoop(BaseLoop):
         """Train to ``max_iters`` or until a hook sets ``stop_training``; return the model."""
         runner = self.runner
         self._check_channels()
+        check_settings(runner.cfg)
         runner.logger.info(_batch_in_words(self.layout))
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")

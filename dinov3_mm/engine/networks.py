@@ -1,6 +1,7 @@
 """The networks of the algorithm and the parts that are compiled and sharded one at a time."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -41,16 +42,20 @@ def units_of(backbone: nn.Module) -> list[nn.Module]:
     return []
 
 
-def compile_units(model: nn.Module) -> int:
+def compile_units(model: nn.Module, **options: Any) -> int:
     """Compile every block of every network on its own, in place; names of parameters stay.
 
     Blocks are alike, so one compilation serves all of them, and the loop over blocks stays plain
     Python.
+
+    Args:
+        model: the algorithm.
+        **options: of ``torch.compile``.
 
     Returns:
         How many parts were compiled.
     """
     units = [unit for backbone in backbones_of(model) for unit in units_of(backbone)]
     for unit in units:
-        unit.compile()
+        unit.compile(**options)
     return len(units)

@@ -15,6 +15,7 @@ from torch import nn
 
 import dinov3_mm
 from dinov3_mm.datasets.randomness import torch_seed
+from dinov3_mm.engine.cuda_graphs import COMPILE_OPTIONS, check_device, mark_steps
 from dinov3_mm.engine.networks import backbones_of, compile_units
 from dinov3_mm.engine.runner.sharded_state import load_sharded_state
 from dinov3_mm.engine.runner.training_state import (
@@ -40,22 +41,32 @@ class PretrainStrategy(SingleDeviceStrategy):
 
     Args:
         compile_blocks (bool): Compile each block of the backbones with ``torch.compile``.
+        cuda_graphs (bool): Replay the compiled blocks as CUDA graphs, which saves the launch of
+            kernels where blocks are small. Needs a CUDA device, ``compile_blocks``, crops of one
+            set of sizes, one micro batch per step and no recomputation.
         fp8_filter (str, optional): Regular expression for the paths of the backbones' linear layers
             that multiply in float8, e.g. ``'blocks'``. Defaults to None: none.
         load_optimizer (bool): ``load_from`` also takes the optimizer's moments, for a stage that
             goes on training.
         **kwargs: See :class:`mmengine._strategy.BaseStrategy`.
+
+    Raises:
+        ValueError: ``cuda_graphs`` on a CPU.
     """
 
     def __init__(
         self,
         *,
         compile_blocks: bool = False,
+        cuda_graphs: bool = False,
         fp8_filter: str | None = None,
         load_optimizer: bool = False,
         **kwargs,
     ) -> None:
+        if cuda_graphs:
+            check_device(training_device())
         super().__init__(**kwargs)
+        self.cuda_graphs = cuda_graphs
         self.load_optimizer = load_optimizer
         self.fp8_filter = fp8_filter
         self.compile_blocks = compile_blocks
@@ -82,8 +93,12 @@ class PretrainStrategy(SingleDeviceStrategy):
             layers = [enable_fp8(backbone, self.fp8_filter) for backbone in backbones_of(model)]
             self.logger.info(f"float8: {sum(map(len, layers))} linear layers")
         if self.compile_blocks:
-            count = compile_units(model)
-            self.logger.info(f"torch.compile: {count} blocks, compiled when they first run")
+            options = COMPILE_OPTIONS if self.cuda_graphs else {}
+            count = compile_units(model, **options)
+            graphs = ", then replayed as CUDA graphs" if self.cuda_graphs else ""
+            self.logger.info(f"torch.compile: {count} blocks, compiled when they first run{graphs}")
+        if self.cuda_graphs:
+            mark_steps(model)
         return model
 
     def load_checkpoint(

@@ -84,11 +84,21 @@ class FSDP2Strategy(PretrainStrategy):
         self.reduce_every_micro_batch = reduce_every_micro_batch
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
-        """Build the model without storage."""
-        if isinstance(model, nn.Module):
-            return model
-        with torch.device("meta"):
-            return MODELS.build(model)
+        """Build the model without storage.
+
+        Raises:
+            ValueError: a model with several students.
+        """
+        if not isinstance(model, nn.Module):
+            with torch.device("meta"):
+                model = MODELS.build(model)
+        if hasattr(model, "students"):
+            raise ValueError(
+                f"FSDP2Strategy trains one student, and {type(model).__name__} has "
+                f"{len(model.student_names)}: use strategy=dict(type='MultiDistillationStrategy'), "
+                "which keeps each student whole on its ranks, or distil the students one by one"
+            )
+        return model
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
         return model  # after sharding, see _wrap_model
