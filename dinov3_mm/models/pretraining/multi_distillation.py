@@ -37,6 +37,8 @@ class MultiDistillation(BaseModel):
       share of the global batch; crops and bottleneck features, which are small, then travel, so
       that each group works on the whole global batch. Groups should be as large as their students
       are slow, because all wait for the slowest.
+      Sinkhorn-Knopp, and KoLeo with ``distributed=True``, gather over the ranks of a group, never
+      over those of another student; without it KoLeo sees the images of its rank only.
 
     ``MultiDistillationStrategy`` trains it, ``DistillationHook`` reads the teacher's weights and
     ``PerStudentHook`` runs the hooks of a pretraining for every student.
