@@ -9,12 +9,15 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..layers.batch_norm import SyncedBatchNorm2d
+
 
 @MODELS.register_module()
 class DINOv3LinearSegHead(BaseDecodeHead):
     """Batch normalisation and a 1x1 convolution on the patches of one layer, or of several.
 
-    In training, whole channels are dropped before the normalisation. Several layers are resized to
+    In training, whole channels are dropped before the normalisation, whose statistics are those of
+    all processes' images. Several layers are resized to
     the first and concatenated. Heads of the official trainer are files of kind
     'linear_segmentation'.
 
@@ -67,7 +70,7 @@ class DINOv3LinearSegHead(BaseDecodeHead):
         )
         self.widths = widths
         self.use_cls_token = use_cls_token
-        self.bn = nn.BatchNorm2d(channels) if use_batchnorm else nn.Identity()
+        self.bn = SyncedBatchNorm2d(channels) if use_batchnorm else nn.Identity()
 
     def forward(self, inputs: Sequence[Tensor] | Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Logits at the resolution of the first layer.

@@ -1,0 +1,24 @@
+# What every segmentor shares: imports, logs, checkpoints of the head with a record of the frozen backbone.
+default_scope = 'mmseg'
+custom_imports = dict(imports=['dinov3_mm', 'dinov3_mm.models.segmentation'])
+
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(
+        type='CheckpointHook', by_epoch=False, interval=5000, max_keep_ckpts=1, save_best='mIoU', rule='greater'
+    ),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    visualization=dict(type='SegVisualizationHook'),
+)
+custom_hooks = [dict(type='FrozenBackboneHook'), dict(type='LabelCheckHook')]
+
+env_cfg = dict(
+    cudnn_benchmark=True,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'),
+)
+visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+log_processor = dict(by_epoch=False)
+randomness = dict(seed=100)

@@ -1,0 +1,3 @@
+_base_ = ['./upernet.py', './voc2012_512.py', './schedule_decoder.py', './runtime.py']
+
+model = dict(decode_head=dict(num_classes=21))

@@ -1,0 +1,8 @@
+_base_ = ['../_base_/backbones/convnext_base.py', '../_base_/segmentation/linear_loveda.py']
+
+model = dict(
+    size_divisor=_base_.stride,
+    data_preprocessor=dict(mean=_base_.mean, std=_base_.std),
+    backbone=_base_.backbone,
+    decode_head=dict(in_channels=_base_.embed_dims),
+)

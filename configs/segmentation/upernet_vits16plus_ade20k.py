@@ -1,0 +1,8 @@
+_base_ = ['../_base_/backbones/vits16plus.py', '../_base_/segmentation/upernet_ade20k.py']
+
+model = dict(
+    size_divisor=_base_.stride,
+    data_preprocessor=dict(mean=_base_.mean, std=_base_.std),
+    backbone=dict(_base_.backbone, out_indices=_base_.four_layers),
+    neck=dict(in_channels=_base_.four_dims),
+)
