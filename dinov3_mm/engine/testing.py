@@ -91,7 +91,7 @@ def use_tta(cfg: Config) -> None:
 
 
 def draw_predictions(cfg: Config, folder: str) -> None:
-    """Write a picture of every prediction below ``folder``.
+    """Write a picture of every prediction below ``folder``, with the host's visualization hook.
 
     Raises:
         ConfigError: the config has no visualization hook or no visualizer.
@@ -99,11 +99,18 @@ def draw_predictions(cfg: Config, folder: str) -> None:
     hook = (cfg.get("default_hooks") or {}).get("visualization")
     if hook is None or "visualizer" not in cfg:
         raise ConfigError("--show-dir: this config has no visualization hook or no visualizer")
-    hook["draw"] = True
+    path = str(Path(folder).expanduser().absolute())
+    # The hosts' hooks agree on the interval only.
     hook["interval"] = 1
-    cfg.visualizer["save_dir"] = folder
-    backends = cfg.visualizer.get("vis_backends") or [dict(type="LocalVisBackend")]
-    cfg.visualizer["vis_backends"] = backends
+    if cfg.default_scope == "mmpretrain":
+        hook.update(enable=True, out_dir=path)
+    else:
+        hook["draw"] = True
+        if cfg.default_scope == "mmdet":
+            hook["test_out_dir"] = path
+    cfg.visualizer["save_dir"] = path
+    if not cfg.visualizer.get("vis_backends"):
+        cfg.visualizer["vis_backends"] = [dict(type="LocalVisBackend")]
 
 
 def test(runner) -> dict[str, Any]:

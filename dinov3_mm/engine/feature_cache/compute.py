@@ -31,7 +31,7 @@ class UnequalSizesError(ConfigError):
 @torch.no_grad()
 def compute_cache(
     cfg: Config, loader_cfg: dict, folder: Path, *, training: bool, dtype: str = "fp32"
-) -> list[str]:
+) -> tuple[list[str], dict]:
     """Write what the backbone of a config gives for every sample of a data set.
 
     Ranks share the work by shards. A cache that is there already is used if it was made from the
@@ -45,7 +45,7 @@ def compute_cache(
         dtype: of stored features, 'fp32' or 'bf16'; half the size with bf16.
 
     Returns:
-        Lines for the log.
+        Lines for the log, and the ``metainfo`` of the data set.
 
     Raises:
         ConfigError: features that would change in training, or a folder with a cache of something
@@ -66,7 +66,7 @@ def compute_cache(
     origin = json.loads(json.dumps(origin))  # tuples become lists, as in the file
     if (folder / INDEX).is_file():
         _check_same(folder, origin)
-        return [f"features of {len(dataset)} samples from {folder}"]
+        return [f"features of {len(dataset)} samples from {folder}"], dict(dataset.metainfo)
     check_repeatable(dataset, loader_cfg["dataset"].get("pipeline", []))
     worker = _Worker(backbone, preprocessor, dataset, training, DTYPES[dtype])
     per_shard = _samples_per_shard(worker.sample(0), len(dataset))
@@ -84,7 +84,8 @@ def compute_cache(
         write_index(folder, origin, len(dataset), per_shard)
     barrier()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
-    return [f"computed {description} into {folder}: {size:.2f} GiB, {dtype}"]
+    line = f"computed {description} into {folder}: {size:.2f} GiB, {dtype}"
+    return [line], dict(dataset.metainfo)
 
 
 class _Worker:

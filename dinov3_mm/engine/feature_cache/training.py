@@ -93,9 +93,8 @@ def use_feature_cache(cfg: Config, folder: str, dtype: str = "fp32") -> list[str
 
 
 def _cache(cfg: Config, loader: str, folder: Path, *, training: bool, dtype: str) -> list[str]:
-    lines = compute_cache(cfg, cfg[loader], folder, training=training, dtype=dtype)
-    metainfo = DATASETS.build({**cfg[loader].dataset, "pipeline": []}).metainfo
-    cfg[loader].dataset = dict(type="CachedFeatures", folder=str(folder), metainfo=dict(metainfo))
+    lines, metainfo = compute_cache(cfg, cfg[loader], folder, training=training, dtype=dtype)
+    cfg[loader].dataset = dict(type="CachedFeatures", folder=str(folder), metainfo=metainfo)
     cfg[loader].collate_fn = dict(type="pseudo_collate")
     return lines
 
