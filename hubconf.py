@@ -1,6 +1,7 @@
 """Official names for ``torch.hub.load(FOLDER, 'dinov3_vits16', source='local', weights=FILE)``."""
 
 from dinov3_mm.apis.hub import hub_entry_points as _hub_entry_points
+from dinov3_mm.apis.hub_heads import head_entry_points as _head_entry_points
 
 dependencies = [
     "torch",
@@ -16,3 +17,4 @@ dependencies = [
 ]
 
 globals().update(_hub_entry_points())
+globals().update(_head_entry_points())

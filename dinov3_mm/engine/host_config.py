@@ -23,9 +23,20 @@ def is_host_config(cfg: Mapping) -> bool:
     return cfg.get("runner_type") != "FlexibleRunner"
 
 
-def initializers(model: Any) -> Iterator[dict]:
-    """The configs by which backbones inside a model load their weights."""
-    return (part for part in _dicts(model) if part.get("type") == "DINOv3Pretrained")
+# The initializers that load weights: of backbones, and of heads.
+BACKBONE, HEAD = "DINOv3Pretrained", "DINOv3HeadPretrained"
+
+
+def initializers(model: Any, kind: str = BACKBONE) -> list[dict]:
+    """The configs by which backbones (or heads) inside a model load their weights."""
+    return [part for part in _dicts(model) if part.get("type") == kind]
+
+
+def leave_random(cfg: Config) -> None:
+    """Let backbones and heads start from their own initialisation."""
+    for part in list(_dicts(cfg.model)):
+        if (part.get("init_cfg") or {}).get("type") in (BACKBONE, HEAD):
+            part["init_cfg"] = None
 
 
 def set_data_root(cfg: Config, folder: str) -> None:
@@ -74,7 +85,7 @@ def set_host_weights(cfg: Config, weights: str) -> None:
     Raises:
         ConfigError: no backbone of the config loads weights.
     """
-    found = list(initializers(cfg.model))
+    found = initializers(cfg.model)
     if not found:
         raise ConfigError(
             "--weights: no backbone of this config loads weights; it needs "
@@ -90,7 +101,7 @@ def set_head(cfg: Config, head: str) -> None:
     Raises:
         ConfigError: the config has no ``init_cfg`` of type 'DINOv3HeadPretrained', or no such file.
     """
-    found = [part for part in _dicts(cfg.model) if part.get("type") == "DINOv3HeadPretrained"]
+    found = initializers(cfg.model, HEAD)
     if not found:
         raise ConfigError(
             "--head: this config does not load a released head; it needs "

@@ -27,6 +27,11 @@ OFFICIAL = [
     "dinov3_convnext_small",
     "dinov3_convnext_base",
     "dinov3_convnext_large",
+    "dinov3_vit7b16_lc",
+    "dinov3_vit7b16_dd",
+    "dinov3_vit7b16_de",
+    "dinov3_vit7b16_ms",
+    "dinov3_vitl16_chmv2",
 ]
 
 
