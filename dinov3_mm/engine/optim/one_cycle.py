@@ -23,6 +23,7 @@ class _OneCycle(_ParamScheduler):
         warmup_iters: int,
         delay: int = 0,
         by_epoch: bool = False,
+        end: int | None = None,
         **kwargs: Any,
     ) -> None:
         if not 0 <= warmup_iters < total_iters:
@@ -37,6 +38,8 @@ class _OneCycle(_ParamScheduler):
         self.total_iters = total_iters
         self.warmup_iters = warmup_iters
         self.delay = delay
+        # MMEngine's runner gives ``end`` to every scheduler, in epochs where a config does not say
+        # by_epoch=False. The end of this one is total_iters.
         super().__init__(*args, by_epoch=by_epoch, **kwargs)
 
     @property
@@ -65,7 +68,7 @@ class WarmupOneCycleLR(LRSchedulerMixin, _OneCycle):
         final_div_factor: see above; None ends at zero.
         delay: first iterations that do not count; the official segmentation trainer's is 1, so
             that its first two iterations share a rate.
-        **kwargs: ``begin``, ``end``, ``last_step``, ``verbose`` of MMEngine's schedulers.
+        **kwargs: ``begin``, ``last_step``, ``verbose`` of MMEngine; ``end`` is ignored.
 
     Raises:
         ValueError: if the numbers of iterations or the factors make no schedule.

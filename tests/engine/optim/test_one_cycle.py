@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 import dinov3_mm  # noqa: F401 - registers the schedulers
 from tests.golden import load_golden
@@ -76,6 +80,48 @@ def test_depth():
         ),
     ]
     compare("depth_linear", target, schedulers)
+
+
+@pytest.mark.parametrize("stated", [{}, {"by_epoch": False}])
+def test_in_a_runner(stated, tmp_path):
+    """MMEngine's runner, which gives every scheduler an end of its own."""
+    seen = []
+
+    class Watch(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            group = runner.optim_wrapper.optimizer.param_groups[0]
+            seen.append((group["lr"], group["betas"][0]))
+
+    class Model(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x, mode):
+            return {"loss": self.weight.sum()}
+
+    arguments = {"total_iters": 8, "warmup_iters": 2, **stated}
+    runner = Runner(
+        Model(),
+        str(tmp_path),
+        train_dataloader=DataLoader([{"x": 0}] * 4, batch_size=1),
+        train_cfg={"type": "IterBasedTrainLoop", "max_iters": 8},
+        optim_wrapper={"optimizer": {"type": "AdamW", "lr": 1.0}},
+        param_scheduler=[
+            {"type": "WarmupOneCycleLR", **arguments},
+            {"type": "WarmupOneCycleMomentum", **arguments},
+        ],
+        custom_hooks=[Watch()],
+        default_hooks={"checkpoint": None, "logger": None},
+        experiment_name=tmp_path.name,
+    )
+    runner.train()
+    target = optimizer(1.0)
+    schedulers = [
+        build(name, target, **arguments) for name in ("WarmupOneCycleLR", "WarmupOneCycleMomentum")
+    ]
+    assert seen == list(course(target, schedulers, set(range(8))).values())
+    assert len(set(seen)) == 8
 
 
 def test_it_resumes_exactly():
