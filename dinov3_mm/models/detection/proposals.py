@@ -26,7 +26,8 @@ class ProposalPyramid(nn.ModuleList):
     Finer levels are transposed convolutions, coarser ones convolutions, of kernel and stride 2.
     Position (y, x) of level l has the box of centre ``(x + 0.5, y + 0.5) * stride`` and side
     ``min_size * 2**l``. A box whose centre or side lies outside 1 to 99 % of the image, or whose
-    position is padding, has its token set to zero and its numbers to the padded size.
+    position is padding, has its token set to zero and its numbers to the padded size. A map that is
+    smaller than one position of a coarser level goes without that level.
 
     Args:
         embed_dims: channels.
@@ -48,6 +49,7 @@ class ProposalPyramid(nn.ModuleList):
     ) -> None:
         super().__init__(_level(embed_dims, in_stride, stride) for stride in strides)
         self.strides = tuple(strides)
+        self.reductions = tuple(stride / in_stride for stride in strides)
         self.min_size = min_size
 
     def forward(self, memory: Tensor, mask: Tensor) -> Proposals:
@@ -57,7 +59,8 @@ class ProposalPyramid(nn.ModuleList):
             memory: map (B, D, h, w).
             mask: True on padding, (B, h, w).
         """
-        maps = [level(memory) for level in self]
+        fits = [min(memory.shape[-2:]) >= reduction for reduction in self.reductions]
+        maps = [level(memory) for level, is_there in zip(self, fits) if is_there]
         masks = [_resize_mask(mask, level.shape[-2:]) for level in maps]
         sizes = _valid_size(masks[0]) * self.strides[0]
         boxes = torch.cat(

@@ -90,7 +90,8 @@ class DINOv3WindowedBackbone(BaseModule):
             ],
             dim=2,
         )
-        overview = F.interpolate(overview, tiled.shape[-2:], mode="bilinear", antialias=True)
+        # Always enlarged: no antialiasing, with which torch 2.11 gets maps of one column wrong.
+        overview = F.interpolate(overview, tiled.shape[-2:], mode="bilinear")
         return torch.cat((overview, tiled), dim=1)
 
     def _batched(self, images: list[Tensor]) -> list[Tensor]:

@@ -39,6 +39,8 @@ def detector(
     """The detector with drawn weights, in eval mode."""
     from mmengine.registry import MODELS, DefaultScope
 
+    import dinov3_mm.models.detection  # noqa: F401
+
     with DefaultScope.overwrite_default_scope("mmdet"):
         model = MODELS.build(
             {
