@@ -17,7 +17,7 @@ model = dict(
     student=dict(dino_head=head, ibot_head=head, koleo=dict(weight=0.1, distributed=True)),
     students=dict(
         vit=dict(backbone=dict(**{**backbone, 'arch': dict(embed_dims=64, num_layers=2, num_heads=2)})),
-        # Stride 32: the teacher sees the crops at a quarter of their size for these two.
+        # Stride 32: the teacher sees the crops at a quarter of their size, 16 px, where its own k-NN is 18 to 22 % (30 % at 64 px).
         convnext=dict(
             backbone=dict(
                 type='DINOv3ConvNeXt',
@@ -25,8 +25,18 @@ model = dict(
                 layer_scale_init_value=1.0,
             ),
         ),
+        # Narrowed to less than the teacher's size: at full width (4.9 M parameters) random weights score 36 %, more than the teacher,
+        # and this short run adds nothing to them (36.4 -> 36.8 %). Dilated to stride 8, so that the teacher sees whole crops; the gain
+        # of that is within the noise (35.4 against 33.2 % with stride 32, from 24.8 %, seed 0).
         # Batch norms with the statistics of all processes: allowed under a frozen teacher.
-        resnet=dict(backbone=dict(type='TimmBackbone', name='resnet10t', batch_norm='sync')),
+        resnet=dict(
+            backbone=dict(
+                type='TimmBackbone',
+                name='resnet10t',
+                batch_norm='sync',
+                model_args=dict(channels=[16, 32, 64, 128], stem_width=16, output_stride=8),
+            ),
+        ),
     ),
 )
 
