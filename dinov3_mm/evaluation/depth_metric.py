@@ -24,7 +24,7 @@ class DINOv3DepthMetric(BaseMetric):
     pixel do not count.
 
     Args:
-        metrics: which of ``a1, a2, a3, abs_rel, rmse, log_10, rmse_log, silog, sq_rel, mae``.
+        scores: which of ``a1, a2, a3, abs_rel, rmse, log_10, rmse_log, silog, sq_rel, mae``.
         min_depth, max_depth: range, in the unit of the depth.
         crop: 'eigen' (NYUv2), 'garg' (KITTI) or None for the whole map.
         align: 'least_squares' finds scale and shift of every image before, as for models of
@@ -40,7 +40,7 @@ class DINOv3DepthMetric(BaseMetric):
 
     def __init__(
         self,
-        metrics: Sequence[str] = ("a1", "abs_rel", "rmse"),
+        scores: Sequence[str] = ("a1", "abs_rel", "rmse"),
         *,
         min_depth: float = 1e-3,
         max_depth: float = 10.0,
@@ -52,12 +52,12 @@ class DINOv3DepthMetric(BaseMetric):
         super().__init__(collect_device=collect_device, prefix=prefix)
         _check("crop", [crop] if crop else [], CROPS)
         _check("align", [align] if align else [], ALIGNMENTS)
-        _check("metrics", metrics, SCORES)
+        _check("scores", scores, SCORES)
         if not 0 < min_depth < max_depth:
             raise ValueError(
                 f"depths from {min_depth} to {max_depth} are no range; expected 0 < min < max"
             )
-        self.metrics = tuple(metrics)
+        self.scores = tuple(scores)
         self.range = (min_depth, max_depth)
         self.crop = crop
         self.align = align
@@ -81,14 +81,14 @@ class DINOv3DepthMetric(BaseMetric):
 
     def compute_metrics(self, results: list[dict[str, float]]) -> dict[str, float]:
         """Means over the images that have a pixel that counts."""
-        table = torch.tensor([[row[name] for name in self.metrics] for row in results])
+        table = torch.tensor([[row[name] for name in self.scores] for row in results])
         if table.isnan().all():
             raise ValueError(
                 f"none of {len(results)} images has a depth between {self.range[0]} and "
                 f"{self.range[1]}: look at the data set's depth_scale and the metric's range"
             )
         means = table.double().nanmean(0).tolist()
-        return dict(zip(self.metrics, means))
+        return dict(zip(self.scores, means))
 
 
 def maps_of(sample: dict) -> tuple[Tensor, Tensor]:

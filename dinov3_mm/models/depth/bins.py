@@ -1,5 +1,6 @@
 """From the output of a depth head to metres: classification over bins, or regression."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,8 +43,7 @@ def _linear(num_bins: int, low: float, high: float) -> Tensor:
 
 
 def _log(num_bins: int, low: float, high: float) -> Tensor:
-    ends = torch.tensor((low, high), dtype=torch.float32).log().tolist()
-    return torch.linspace(*ends, num_bins, dtype=torch.float32).exp()
+    return torch.linspace(math.log(low), math.log(high), num_bins, dtype=torch.float32).exp()
 
 
 def _mixlog(num_bins: int, low: float, high: float) -> Tensor:

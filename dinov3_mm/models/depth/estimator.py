@@ -44,7 +44,7 @@ class DINOv3DepthEstimator(BaseSegmentor):
             ConvNeXt.
         data_preprocessor: config of mmseg's ``SegDataPreProcessor``, whose ``seg_pad_val`` must
             stand for 'not measured'.
-        train_cfg: unused; mmseg's configs have it.
+        train_cfg, pretrained: unused; mmseg's tools set them.
         test_cfg: ``dict(flip=True)`` averages the predictions of the image and its mirror image.
         init_cfg: MMEngine initialisation config.
 
@@ -62,9 +62,15 @@ class DINOv3DepthEstimator(BaseSegmentor):
         data_preprocessor: dict | nn.Module | None = None,
         train_cfg: dict | None = None,
         test_cfg: dict | None = None,
+        pretrained: None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+        if pretrained is not None:
+            raise ValueError(
+                f"pretrained is {pretrained!r}; name weights in backbone.init_cfg=dict("
+                "type='DINOv3Pretrained', checkpoint=...)"
+            )
         if input_size not in INPUT_SIZES:
             raise ValueError(f"input_size is {input_size!r}; {hint(input_size, INPUT_SIZES)}")
         self.test_cfg = dict(test_cfg or {})
