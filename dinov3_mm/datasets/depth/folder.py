@@ -28,6 +28,9 @@ class DepthFolderDataset(BaseDataset):
         FileNotFoundError: if a folder is not there, is empty, or an image has no depth map.
     """
 
+    # mmseg's drawing of results asks for classes.
+    METAINFO = {"classes": (), "palette": ()}
+
     def __init__(
         self,
         *,

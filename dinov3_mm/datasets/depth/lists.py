@@ -29,6 +29,9 @@ class DepthListDataset(BaseDataset):
         ValueError: if a line is another, or the list is empty.
     """
 
+    # mmseg's drawing of results asks for classes.
+    METAINFO = {"classes": (), "palette": ()}
+
     def __init__(
         self,
         ann_file: str,
