@@ -2,10 +2,14 @@
 
 Importing this module prepares the installed hosts for the other installed packages. Head packages
 import hosts through :func:`require_host`; a config that uses a backbone in an otherwise stock model
-lists ``dinov3_mm.hosts`` in ``custom_imports`` beside ``dinov3_mm``.
+lists ``dinov3_mm.hosts`` in ``custom_imports`` beside ``dinov3_mm``. A host's tool that imports its
+models before it reads the config (mmdet's test.py) is run by
+``python -m dinov3_mm.hosts TOOL.py ARGS``.
 """
 
 import importlib
+import runpy
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
@@ -66,3 +70,9 @@ def _major_version(distribution: str) -> int:
 
 
 _leave_out_multimodal_models()
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m dinov3_mm.hosts TOOL.py [ARGS of the tool]")
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -28,12 +28,14 @@ scenes = dict(type='SyntheticScenesTask', task='classification', image_size=64)
 train_dataloader = dict(
     batch_size=64,
     num_workers=0,
+    persistent_workers=False,  # mmpretrain's own train.py would switch them on
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(scenes, length=2000, pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=64,
     num_workers=0,
+    persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(scenes, length=1000, start=1000000, pipeline=test_pipeline),
 )
