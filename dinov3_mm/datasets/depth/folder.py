@@ -1,7 +1,7 @@
 """Depth of one's own: a folder of images, and one of depth maps with the same names."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
@@ -29,7 +29,7 @@ class DepthFolderDataset(BaseDataset):
     """
 
     # mmseg's drawing of results asks for classes.
-    METAINFO = {"classes": (), "palette": ()}
+    METAINFO: ClassVar[dict] = {"classes": (), "palette": ()}
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """NYUv2 and KITTI by the lists of images and depth maps that depth estimation is compared on."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
@@ -30,7 +30,7 @@ class DepthListDataset(BaseDataset):
     """
 
     # mmseg's drawing of results asks for classes.
-    METAINFO = {"classes": (), "palette": ()}
+    METAINFO: ClassVar[dict] = {"classes": (), "palette": ()}
 
     def __init__(
         self,
