@@ -1,7 +1,7 @@
 """Label maps must fit the classes of a segmentation head."""
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 
 
@@ -48,7 +48,10 @@ class LabelCheckHook(Hook):
 
 
 def _head(runner):
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = runner.model
+    # Wrapped for several processes, for augmented tests, or for both.
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
     return model.decode_head
 
 

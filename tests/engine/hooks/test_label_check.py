@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.model import BaseTTAModel
 
 from dinov3_mm.engine.hooks import LabelCheckHook
 
@@ -57,3 +58,15 @@ def test_another_number_of_classes(split):
     if split == "val":
         with pytest.raises(ValueError, match=r"test_dataloader\.dataset has 4 classes"):
             LabelCheckHook().before_test(runner(val=("a", "b", "c", "d")))
+
+
+def test_models_inside_a_wrapper_for_augmented_tests():
+    class Averaged(BaseTTAModel):
+        def merge_preds(self, data_samples_list):
+            return data_samples_list
+
+    wrapped = runner(val=("a", "b", "c", "d"))
+    wrapped.model.test_step = None
+    wrapped.model = Averaged(wrapped.model)
+    with pytest.raises(ValueError, match=r"test_dataloader\.dataset has 4 classes"):
+        LabelCheckHook().before_test(wrapped)
