@@ -1,5 +1,5 @@
 # Mask2Former with twelve categories and their surroundings on the frozen toy backbone of tools/quickstart.sh: an
-# adapter and narrow decoders, about two minutes on one core.
+# adapter and narrow decoders, about a minute and a half on one core.
 _base_ = ['../_base_/backbones/quickstart.py', '../_base_/segmentation/mask2former.py']
 
 crop_size = (64, 64)

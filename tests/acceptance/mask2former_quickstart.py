@@ -65,7 +65,7 @@ def draw(checkpoint: Path, cfg: Config, path: Path) -> None:
             labels = inference_model(model, sample["img"]).pred_sem_seg.data[0].numpy()
             share = 100 * (labels == sample["gt_seg_map"]).mean()
             maps = (sample["img"][..., ::-1], palette[sample["gt_seg_map"]], palette[labels])
-            titles = ("image", "truth", f"predicted, {share:.0f} % right")
+            titles = ("image", "truth", f"predicted: {share:.0f} %")
             for ax, picture, title in zip(axes, maps, titles):
                 show_image(ax, torch.from_numpy(np.ascontiguousarray(picture)), title)
 
