@@ -88,7 +88,7 @@ class SyntheticScenesTask(BaseDataset):
 def _metainfo(task: str) -> dict[str, Any]:
     names = SyntheticScenes.classes
     if task == "depth":
-        return {}
+        return {"classes": (), "palette": []}  # mmseg's drawing asks for them
     classes = (_SURROUNDINGS, *names) if task == "segmentation" else names
     hues = np.linspace(0, 1, len(names), endpoint=False)
     colours = [_colour(hue) for hue in hues]
