@@ -152,6 +152,28 @@ def test_released_category_ids():
     assert target.labels.tolist() == [1, 90]
 
 
+def test_mixed_precision_keeps_boxes_and_their_distances_in_float32(model):
+    """In bfloat16 a distance of 1000 px would be off by up to 4."""
+    attention = model.bbox_head.transformer.decoder.layers[0].cross_attn
+    boxes = torch.tensor([[[1001.0, 503.0, 30.0, 40.0]]])
+    inputs = (
+        torch.randn(1, 1, 32),
+        boxes,
+        torch.randn(1, 80 * 40, 32),
+        torch.randn(1, 80 * 40, 32),
+    )
+    biases = []
+    attention._bias, plain = lambda *a: biases.append(plain(*a)) or biases[-1], attention._bias
+    with torch.no_grad():
+        attention(*inputs, (40, 80))
+        with torch.autocast("cpu", torch.bfloat16):
+            attention(*inputs, (40, 80))
+            logits, found = model._forward(batch(*images(SIZE)))
+    del attention._bias
+    assert torch.equal(*biases[:2])
+    assert logits.dtype == found.dtype == torch.float32 and found.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("head", "message"),
     [
