@@ -1,10 +1,11 @@
 """Reading of the reference vectors in ``tests/data/golden``, and the parity rule."""
 
 import json
+import lzma
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 GOLDEN_DIR = Path(__file__).parent / "data" / "golden"
 
@@ -12,8 +13,8 @@ GOLDEN_DIR = Path(__file__).parent / "data" / "golden"
 def load_golden(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """Return the JSON description and the tensors (maybe none) of one golden file."""
     description = json.loads((GOLDEN_DIR / f"{name}.json").read_text())
-    tensors = GOLDEN_DIR / f"{name}.safetensors"
-    return description, load_file(tensors) if tensors.exists() else {}
+    tensors = GOLDEN_DIR / f"{name}.safetensors.xz"
+    return description, load(lzma.decompress(tensors.read_bytes())) if tensors.exists() else {}
 
 
 def max_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
