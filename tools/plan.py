@@ -14,6 +14,7 @@ from mmengine.logging import MMLogger
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
 from dinov3_mm.engine import ConfigError, apply_options, parse_options, set_data
+from dinov3_mm.engine.dry_run import check_file
 from dinov3_mm.engine.dry_run.report import make_console
 from dinov3_mm.engine.plan import make_plan, print_plan
 
@@ -21,9 +22,15 @@ from dinov3_mm.engine.plan import make_plan, print_plan
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predict memory, work and traffic of a config.")
     parser.add_argument("config", help="pretraining config")
-    parser.add_argument("--gpus", type=int, nargs="+", required=True, metavar="N")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", required=True, metavar="N", help="numbers of GPUs to compare"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each GPU; default: 80"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine; default: 8"
+    )
     parser.add_argument("--data", metavar="DIR", help="folder of images, for values 'auto'")
     parser.add_argument(
         "--num-images", type=int, metavar="N", help="size of the data set, for values 'auto'"
@@ -37,6 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     MMLogger.get_current_instance().setLevel(logging.WARNING)
+    check_file(args.config)
     cfg = Config.fromfile(args.config)
     if args.data is not None:
         set_data(cfg, args.data)

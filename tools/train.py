@@ -107,7 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="check the config and run a step without data, weights and GPU; print shapes, memory, "
         "schedules and collectives",
     )
-    dry.add_argument("--world-size", type=int, default=1, metavar="N", help="processes to imitate")
+    dry.add_argument("--world-size", type=int, metavar="N", help="processes to imitate; default: 1")
     dry.add_argument(
         "--num-images",
         type=int,
@@ -173,17 +173,33 @@ def cache_features(cfg: Config, folder: str, dtype: str) -> list[str]:
 
 def try_out(args: argparse.Namespace) -> None:
     """Dry run of the config."""
-    from dinov3_mm.engine.dry_run import dry_run, print_report
+    from dinov3_mm.engine.dry_run import check_file, dry_runs, print_report
 
     if args.launcher != "none":
         raise ConfigError("--dry-run is one process; give --world-size N instead of a launcher")
-    report = dry_run(
+    check_file(args.config)
+    reports = dry_runs(
         load_config(args),
-        args.world_size,
+        1 if args.world_size is None else args.world_size,
         num_images=args.num_images,
         memory_gib=args.gpu_memory,
     )
-    print_report(report)
+    for report in reports:
+        print_report(report)
+
+
+def refuse_dry_options(args: argparse.Namespace) -> None:
+    """Refuse options of a dry run in a run that would silently do without them."""
+    for option, value in (
+        ("--world-size", args.world_size),
+        ("--num-images", args.num_images),
+        ("--gpu-memory", args.gpu_memory),
+    ):
+        if value is not None:
+            raise ConfigError(
+                f"{option} is for dry runs: add --dry-run, or leave it out to train (several "
+                "processes: tools/dist_train.sh CONFIG N)"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -191,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         try_out(args)
         return
+    refuse_dry_options(args)
     start_processes(args.launcher)
     cfg = load_config(args)
     notes = settle_stage(cfg, args)

@@ -1,6 +1,7 @@
 """Predicted against measured memory of a training step: printed first, measured then.
 
     python -m tests.acceptance.plan_vs_measured [--arch small base] [--images 2] [--quick]
+        [--out results.json]
 
 Measured on real tensors: on the CPU the fullest moment of torch's allocator in a second step, from
 the profiler's record of every allocation; on a GPU ``torch.cuda.max_memory_allocated``. The fake
@@ -13,7 +14,9 @@ compares the prediction with the fake step, for a config that needs more GPUs th
 
 import argparse
 import itertools
+import json
 import logging
+import platform
 
 import torch
 from mmengine.config import Config
@@ -21,6 +24,7 @@ from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
+from dinov3_mm.checkpoints import atomic_write
 from dinov3_mm.engine.dry_run import dry_run
 from dinov3_mm.engine.dry_run.batches import crop_sets, make_batch
 from dinov3_mm.engine.dry_run.fake_world import fake_ranks
@@ -99,11 +103,11 @@ def measured_on_gpu(cfg: Config) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def compare_real(archs: list[str], images: int, quick: bool) -> bool:
-    """One process, every option; whether all predictions are within the bar."""
+def compare_real(archs: list[str], images: int, quick: bool) -> list[dict]:
+    """One process, every option: predicted and measured bytes of each."""
     on_gpu = torch.cuda.is_available()
     cases = list(itertools.product(archs, ("fp32", "bf16"), OPTIONS))
-    passed = True
+    cells = []
     for arch, dtype, option in cases[:2] if quick else cases:
         cfg = step_config(arch, dtype, images, option)
         (plan,) = predicted(cfg, 1, on_gpu=on_gpu)
@@ -120,13 +124,24 @@ def compare_real(archs: list[str], images: int, quick: bool) -> bool:
             f"{step.peak.total / real - 1:+.2%})",
             flush=True,
         )
-        passed &= abs(plan / real - 1) <= BAR
-    return passed
+        cells.append(
+            {
+                "arch": arch,
+                "dtype": dtype,
+                "images": images,
+                "option": option,
+                "predicted_bytes": plan,
+                "measured_bytes": real,
+                "dry_run_bytes": step.peak.total,
+                "predicted_over_measured": plan / real,
+            }
+        )
+    return cells
 
 
-def compare_fake(path: str, gpus: list[int]) -> bool:
+def compare_fake(path: str, gpus: list[int]) -> list[dict]:
     """A config on any number of GPUs against its fake step."""
-    passed = True
+    cells = []
     for count in gpus:
         plans = predicted(Config.fromfile(path), count, on_gpu=True)
         report = dry_run(Config.fromfile(path), count, num_images=IMAGES)
@@ -137,8 +152,36 @@ def compare_fake(path: str, gpus: list[int]) -> bool:
                 f"{found / 2**30:.2f} GiB: {plan / found - 1:+.1%}",
                 flush=True,
             )
-            passed &= abs(plan / found - 1) <= BAR
-    return passed
+            cells.append(
+                {
+                    "config": path,
+                    "gpus": count,
+                    "crops": str(step.crops),
+                    "predicted_bytes": plan,
+                    "dry_run_bytes": found,
+                    "predicted_over_dry_run": plan / found,
+                }
+            )
+    return cells
+
+
+def passes(cell: dict) -> bool:
+    """Whether the prediction is within the bar."""
+    ratio = cell.get("predicted_over_measured") or cell["predicted_over_dry_run"]
+    return abs(ratio - 1) <= BAR
+
+
+def save(path: str, cells: list[dict]) -> None:
+    """Write the cells with what they were measured on."""
+    on_gpu = torch.cuda.is_available()
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "account": "torch.cuda.max_memory_allocated" if on_gpu else "torch.profiler",
+    }
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps({"machine": machine, "cells": cells}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -148,13 +191,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first two cases only")
     parser.add_argument("--fake", metavar="CONFIG")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8])
+    parser.add_argument("--out", metavar="FILE", help="JSON file of the figures")
     arguments = parser.parse_args()
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     if arguments.fake:
-        passed = compare_fake(arguments.fake, arguments.gpus)
+        cells = compare_fake(arguments.fake, arguments.gpus)
     else:
-        passed = compare_real(arguments.arch, arguments.images, arguments.quick)
-    raise SystemExit(not passed)
+        cells = compare_real(arguments.arch, arguments.images, arguments.quick)
+    if arguments.out:
+        save(arguments.out, cells)
+    raise SystemExit(not all(map(passes, cells)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,16 @@
 """A training step of any config on any number of ranks, in one CPU process without data."""
 
+from .inputs import check_file
 from .report import print_report
-from .run import DryRunReport, dry_run
+from .run import DryRunReport, dry_run, dry_runs
 from .step import StepRecord, UnpredictableStepError
 
-__all__ = ["DryRunReport", "StepRecord", "UnpredictableStepError", "dry_run", "print_report"]
+__all__ = [
+    "DryRunReport",
+    "StepRecord",
+    "UnpredictableStepError",
+    "check_file",
+    "dry_run",
+    "dry_runs",
+    "print_report",
+]

@@ -31,7 +31,10 @@ class CropSet:
         images: of a rank's micro batch.
         ratio: share of the iterations.
         num_masked: hidden patches of the rank that has most, in the first iteration.
-        rank: that rank.
+        rank: that rank; of a student in a rank group its position in the group.
+        group: ranks of the student's group; None where students are not in groups.
+        student_images: images that a student learns from in a micro batch: those of the rank, or
+            its part of those of all ranks.
     """
 
     global_size: int
@@ -42,14 +45,21 @@ class CropSet:
     ratio: float
     num_masked: int
     rank: int
+    group: int | None
+    student_images: int
 
     def __str__(self) -> str:
         gram = "" if self.gram_size is None else f", Gram {self.gram_size}"
         return f"global {self.global_size}, local {self.local_size}{gram}"
 
 
-def crop_sets(cfg: Config, world_size: int) -> list[CropSet]:
+def crop_sets(cfg: Config, world_size: int, share: tuple[int, int] | None = None) -> list[CropSet]:
     """The sets of crop sizes of a completed config.
+
+    Args:
+        cfg: completed config.
+        world_size: number of ranks.
+        share: of students in rank groups the rank's position in its group, and the group's ranks.
 
     Raises:
         ConfigError: sizes that the patch size does not divide, a batch that the ranks do not
@@ -64,9 +74,15 @@ def crop_sets(cfg: Config, world_size: int) -> list[CropSet]:
             for patch_size in _patch_sizes(cfg):
                 check_sizes(variant, patch_size)
         layout = batch_layout(cfg, world_size)
+        if share is None and layout.micro_batch_size % world_size:
+            raise ValueError(
+                "surplus=True is for students in rank groups; use a global batch that "
+                f"{world_size} ranks divide"
+            )
         ratios = getattr(transform, "ratios", [1.0])
+        group = None if share is None else share[1]
         return [
-            _crop_set(variant, ratio, layout, cfg)
+            _crop_set(variant, ratio, layout, group, cfg)
             for variant, ratio in zip(transform.variants, ratios, strict=True)
         ]
     except (ValueError, TypeError) as error:
@@ -89,25 +105,28 @@ def _patch_sizes(cfg: Config) -> list[int]:
     return [given] if isinstance(given, int) else list(given)
 
 
-def _crop_set(variant: Any, ratio: float, layout: BatchLayout, cfg: Config) -> CropSet:
+def _crop_set(
+    variant: Any, ratio: float, layout: BatchLayout, group: int | None, cfg: Config
+) -> CropSet:
     masking = dict(cfg.train_dataloader["masking"])
     masking.pop("patch_size")
     settings = {key.removeprefix("mask_"): value for key, value in masking.items()}
     planner = MaskPlanner(variant.global_size, _patch_sizes(cfg)[0], **settings)
-    seed, images, whole = cfg.randomness["seed"], layout.rank_batch_size, layout.micro_batch_size
-    hidden = [
-        planner.num_hidden(seed, 0, rank * images, images, whole)
-        for rank in range(layout.world_size)
-    ]
+    seed, whole = cfg.randomness["seed"], layout.micro_batch_size
+    parts = layout.world_size if group is None else group
+    images = whole // parts
+    hidden = [planner.num_hidden(seed, 0, part * images, images, whole) for part in range(parts)]
     return CropSet(
         variant.global_size,
         variant.local_size,
         variant.gram_size,
         variant.num_local,
-        images,
+        layout.rank_batch_size,
         ratio,
         max(hidden),
         hidden.index(max(hidden)),
+        group,
+        images,
     )
 
 
@@ -123,7 +142,11 @@ def make_batch(cfg: Config, crops: CropSet, channels: int) -> dict[str, Any]:
         global_batch_size=cfg.train_cfg["global_batch_size"],
         accumulate=cfg.train_cfg.get("accumulate", 1),
     )
-    first = crops.rank * crops.images
+    first = 0
+    if crops.group is None:
+        first = crops.rank * crops.images
+    else:
+        collate.mask_share = (crops.rank, crops.group)
     # The collate function plans the masks by the last side of a crop; the rest is replaced.
     crop = np.zeros((1, 1, crops.global_size), np.uint8)
     planned = collate(
@@ -147,8 +170,13 @@ def make_batch(cfg: Config, crops: CropSet, channels: int) -> dict[str, Any]:
 
 def describe_batch(batch: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Name, shape and dtype of each tensor of a batch."""
-    return [
-        (key, " x ".join(map(str, value.shape)), str(value.dtype).removeprefix("torch."))
-        for key, value in batch.items()
-        if isinstance(value, Tensor)
-    ]
+    rows = []
+    for key, value in batch.items():
+        if isinstance(value, Tensor):
+            shape = " x ".join(map(str, value.shape))
+            rows.append((key, shape, str(value.dtype).removeprefix("torch.")))
+        elif key == "masks_of":
+            for stride, masks in value.items():
+                inner = describe_batch(masks)
+                rows += [(f"{name}, stride {stride}", *rest) for name, *rest in inner]
+    return rows

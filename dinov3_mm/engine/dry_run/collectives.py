@@ -5,7 +5,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +32,7 @@ _PURPOSES = {
     "losses/sinkhorn": "Sinkhorn-Knopp",
     "losses/chunked_prototypes": "Sinkhorn-Knopp",
     "losses/koleo": "KoLeo",
+    "pretraining/groups": "crops and features of all ranks",
     "distributed/nn/functional": "KoLeo",
     "optim/wrapper": "gradient norm",
     "_fsdp_collectives": "parameters and gradients (FSDP2)",
@@ -47,12 +50,14 @@ class Collective:
         purpose: what it is for.
         phase: part of the step.
         dtype: of the tensors.
+        ranks: that take part.
     """
 
     operation: str
     purpose: str
     phase: str
     dtype: torch.dtype
+    ranks: int
 
 
 class CollectiveLog(TorchDispatchMode):
@@ -77,14 +82,15 @@ class CollectiveLog(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         known = _OPERATORS.get(f"{func.namespace}.{func._schema.name.split('::')[1]}")
         if known is not None:
-            self._count(known[0], out if known[1] is None else args[known[1]])
+            tensors = out if known[1] is None else args[known[1]]
+            self._count(known[0], tensors, _num_ranks(args))
         return out
 
-    def _count(self, operation: str, tensors: object) -> None:
+    def _count(self, operation: str, tensors: object, ranks: int) -> None:
         whole = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
         backward = torch._C._current_graph_task_id() != -1
         phase = self.phase.replace("forward", "backward") if backward else self.phase
-        entry = Collective(operation, _purpose(), phase, whole[0].dtype)
+        entry = Collective(operation, _purpose(), phase, whole[0].dtype, ranks)
         self.counts[entry] += 1
         self.sizes[entry] += sum(tensor.nbytes for tensor in whole)
 
@@ -100,6 +106,19 @@ def sent_per_rank(operation: str, size: int, ranks: int) -> float:
     """Bytes that a rank sends in the ring algorithm, for whole tensors of ``size`` bytes."""
     rounds = 2 if operation == "all-reduce" else 1
     return rounds * size * (ranks - 1) / ranks
+
+
+def _num_ranks(args: tuple) -> int:
+    """Ranks of the process group among the arguments of an operator: an object, or its name."""
+    for argument in args:
+        if isinstance(argument, torch.ScriptObject) and _is_group(argument):
+            return dist.ProcessGroup.unbox(argument).size()
+    return _resolve_process_group(args[-1]).size()
+
+
+def _is_group(argument: torch.ScriptObject) -> bool:
+    # Reductions are such objects too.
+    return str(argument._type()).endswith(".ProcessGroup")
 
 
 def _purpose() -> str:

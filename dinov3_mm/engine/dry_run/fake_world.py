@@ -10,11 +10,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 @contextmanager
-def fake_ranks(world_size: int | None) -> Iterator[None]:
-    """Context in which this process is rank 0 of ``world_size`` ranks that do not exist.
+def fake_ranks(world_size: int | None, rank: int = 0) -> Iterator[None]:
+    """Context in which this process is one of ``world_size`` ranks, of which no other exists.
 
     Args:
         world_size: number of ranks; None makes no process group.
+        rank: which of them.
 
     Raises:
         RuntimeError: There is a process group already.
@@ -27,7 +28,7 @@ def fake_ranks(world_size: int | None) -> Iterator[None]:
             "a dry run makes its own process group, but this process belongs to one already: "
             "start it without a launcher"
         )
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:

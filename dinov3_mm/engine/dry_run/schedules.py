@@ -1,7 +1,7 @@
 """What the schedules of a config say, and their values for one step."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +17,11 @@ from dinov3_mm.engine.hooks import (
     DistillationHook,
     GramAnchorHook,
     OptimScheduleHook,
+    PerStudentHook,
     TeacherEMAHook,
 )
 from dinov3_mm.engine.optim import Schedule, build_schedule
+from dinov3_mm.models.pretraining.multi_distillation import check_names
 
 _STEP_HOOKS = (OptimScheduleHook, TeacherEMAHook, GramAnchorHook, DistillationHook)
 
@@ -54,24 +56,31 @@ class Schedules:
         return ["iteration", "", *self.values], rows
 
 
-def read_schedules(cfg: Config, model: nn.Module, layout: BatchLayout) -> Schedules:
+def read_schedules(
+    cfg: Config, model: nn.Module, layout: BatchLayout, student: str = ""
+) -> Schedules:
     """Build the schedules of the config's hooks, with the hooks' own checks.
 
+    Args:
+        cfg: completed config.
+        model: the algorithm.
+        layout: of the global batch.
+        student: name of the one that is meant, if there are several.
+
     Raises:
-        ConfigError: an argument that a hook or schedule refuses, or no ``TeacherEMAHook``.
+        ConfigError: an argument that a hook or schedule refuses, or a hook that is missing.
     """
     max_iters = cfg.train_cfg["max_iters"]
     found = Schedules(max_iters)
     runner = SimpleNamespace(
         max_iters=max_iters,
         iter=0,
-        model=model,
+        model=model.students[student] if student else model,
         train_loop=SimpleNamespace(layout=layout),
         logger=MMLogger.get_current_instance(),
     )
-    for index, hook_cfg in enumerate(cfg.get("custom_hooks") or []):
-        kind = HOOKS.get(hook_cfg["type"]) if isinstance(hook_cfg["type"], str) else None
-        kind = kind or hook_cfg["type"]
+    for index, hook_cfg in _hook_configs(cfg, model, student):
+        kind = _hook_type(hook_cfg)
         if kind not in _STEP_HOOKS:
             continue
         try:
@@ -81,12 +90,42 @@ def read_schedules(cfg: Config, model: nn.Module, layout: BatchLayout) -> Schedu
                 _READERS[kind](found, hook, runner)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"custom_hooks.{index}: {error}") from error
-    if TeacherEMAHook not in found.hooks:
-        raise ConfigError(
-            "custom_hooks: training needs dict(type='TeacherEMAHook', momentum=..., "
-            "teacher_temp=...)"
-        )
+    _check_hooks(found, model)
     return found
+
+
+def _hook_configs(cfg: Config, model: nn.Module, student: str) -> Iterator[tuple[int, Any]]:
+    """Position and config of every hook, of several students those of one."""
+    for index, hook_cfg in enumerate(cfg.get("custom_hooks") or []):
+        if _hook_type(hook_cfg) is PerStudentHook:
+            changes = hook_cfg.get("students") or {}
+            try:
+                check_names(changes, model.student_names, "students")
+            except ValueError as error:
+                raise ConfigError(f"custom_hooks.{index}: {error}") from error
+            merged = Config(dict(hook=copy.deepcopy(hook_cfg["hook"])))
+            merged.merge_from_dict(dict(hook=copy.deepcopy(changes.get(student) or {})))
+            hook_cfg = merged.hook
+        yield index, hook_cfg
+
+
+def _hook_type(hook_cfg: Any) -> Any:
+    kind = hook_cfg["type"]
+    return HOOKS.get(kind) if isinstance(kind, str) else kind
+
+
+def _check_hooks(found: Schedules, model: nn.Module) -> None:
+    """Refuse a model whose parts have no hook that gives them values."""
+    needed = {TeacherEMAHook: "momentum=..., teacher_temp=..."}
+    if hasattr(model, "gram_teacher"):
+        needed[GramAnchorHook] = "checkpoint=FILE"
+    if getattr(model, "distillation_teacher", None) is not None:
+        needed[DistillationHook] = "checkpoint=FILE"
+    for kind, arguments in needed.items():
+        if kind not in found.hooks:
+            raise ConfigError(
+                f"custom_hooks: training needs dict(type={kind.__name__!r}, {arguments})"
+            )
 
 
 def _read_optimizer(found: Schedules, hook: OptimScheduleHook, runner: Any) -> None:

@@ -3,16 +3,19 @@
 from mmengine.config import Config
 
 from dinov3_mm.engine.autoscale import DataFacts, resolve_auto
-from dinov3_mm.engine.autoscale.facts import auto_places
+from dinov3_mm.engine.autoscale.facts import auto_places, gpu_gib
 from dinov3_mm.engine.autoscale.rules import held_out_every
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
 from dinov3_mm.engine.starting_point import settle_data
 from dinov3_mm.evaluation.held_out import HeldOutSplit
 
+from .inputs import check_numbers
+
 SINGLE = "PretrainStrategy"
 DDP = "PretrainDDPStrategy"
 FSDP2 = "FSDP2Strategy"
-STRATEGIES = (SINGLE, DDP, FSDP2)
+MULTI = "MultiDistillationStrategy"
+STRATEGIES = (SINGLE, DDP, FSDP2, MULTI)
 
 
 def needs_process_group(cfg: Config, world_size: int) -> bool:
@@ -29,10 +32,7 @@ def strategy_name(cfg: Config) -> str:
     kind = (cfg.get("strategy") or {}).get("type", SINGLE)
     name = kind if isinstance(kind, str) else kind.__name__
     if name not in STRATEGIES:
-        raise ConfigError(
-            f"strategy: a dry run knows {', '.join(STRATEGIES)}, not {name!r}; of a distillation "
-            "into several students try the configs of the students"
-        )
+        raise ConfigError(f"strategy: a dry run knows {', '.join(STRATEGIES)}, not {name!r}")
     return name
 
 
@@ -59,9 +59,10 @@ def settle_config(
     Raises:
         ConfigError: not a pretraining config, or one that this number of ranks cannot train.
     """
+    check_numbers(world_size, num_images=num_images, memory_gib=memory_gib)
     if cfg.get("runner_type") != "FlexibleRunner":
         raise ConfigError(
-            "a dry run is for pretraining configs (runner_type='FlexibleRunner'); "
+            "dry runs and plans are for pretraining configs (runner_type='FlexibleRunner'); "
             f"this one has runner_type={cfg.get('runner_type')!r}"
         )
     fill_defaults(cfg)
@@ -82,6 +83,12 @@ def _derive(
     if num_images is not None and source.get("type") in ("HeldOutSplit", HeldOutSplit):
         every = held_out_every(num_images).value
         data = DataFacts(num_images, num_images - num_images // every, every)
+    batch = cfg.train_cfg["global_batch_size"]
+    if batch == "auto" and memory_gib is None and gpu_gib() is None:
+        raise ConfigError(
+            "train_cfg.global_batch_size='auto' follows from the memory of a GPU: give "
+            "--gpu-memory GIB, or a number"
+        )
     try:
         if data is None:
             settle_data(cfg)
@@ -90,6 +97,6 @@ def _derive(
         if num_images is not None:
             raise
         raise ConfigError(
-            f"{error}\nvalues 'auto' follow from the number of images: give --num-images N or "
-            "--data DIR"
+            "values 'auto' follow from the number of images: give --num-images N or --data DIR "
+            f"({error})"
         ) from error

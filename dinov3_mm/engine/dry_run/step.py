@@ -1,21 +1,23 @@
 """One whole training step on fake tensors, watched."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from mmengine.config import Config
+from mmengine.optim import OptimWrapperDict
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_leaves
 
 from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.networks import networks_of
 from dinov3_mm.engine.optim import PretrainOptimWrapper
 
 from .batches import CropSet, describe_batch, make_batch
 from .collectives import Collective, CollectiveLog
 from .memory import BATCH, GRADIENTS, OPTIMIZER, MemoryLedger, Peak
-from .model import algorithm_of
+from .model import algorithm_of, all_networks, students_of, wrappers_of
 from .schedules import Schedules
 
 # Kind of memory by network.
@@ -52,10 +54,10 @@ class UnpredictableStepError(RuntimeError):
 
 def run_step(
     model: nn.Module,
-    optim_wrapper: PretrainOptimWrapper,
+    optim_wrapper: PretrainOptimWrapper | OptimWrapperDict,
     cfg: Config,
     crops: CropSet,
-    schedules: Schedules,
+    schedules: dict[str, Schedules],
     ledger: MemoryLedger,
     *,
     channels: int,
@@ -65,10 +67,10 @@ def run_step(
 
     Args:
         model: wrapped algorithm.
-        optim_wrapper: its optimizer.
+        optim_wrapper: its optimizer, or those of its students.
         cfg: completed config.
         crops: sizes of the step.
-        schedules: give the step its values.
+        schedules: give the step its values, by student.
         ledger: has booked model and optimizer, and is active.
         channels: of the images.
         on_gpu: update the teacher as on a GPU.
@@ -78,21 +80,18 @@ def run_step(
         UnpredictableStepError: The step reads a value.
     """
     algorithm, log = algorithm_of(model), CollectiveLog()
-    last = schedules.max_iters - 1
-    algorithm.set_step(**{name: schedules.values[name](last) for name in schedules.step_values})
+    last = cfg.train_cfg["max_iters"] - 1
+    for name, student in students_of(algorithm).items():
+        known = schedules[name]
+        student.set_step(**{key: known.values[key](last) for key in known.step_values})
     accumulate = cfg.train_cfg.get("accumulate", 1)
-    take_step = optim_wrapper.step
-
-    def step(**kwargs) -> None:
-        _enter_optimizer(ledger, log, optim_wrapper)
-        take_step(**kwargs)
-
-    optim_wrapper.step = step
     start = len(ledger.events)
     batch = make_batch(cfg, crops, channels)
     ledger.tell(BATCH, tree_leaves(batch))
     try:
-        with log:
+        with log, ExitStack() as watched:
+            for wrapper in wrappers_of(optim_wrapper):
+                watched.enter_context(_watching_steps(wrapper, ledger, log))
             model.train()
             for index in range(accumulate):
                 ledger.phase = log.phase = (
@@ -100,10 +99,13 @@ def run_step(
                 )
                 model.train_step(batch, optim_wrapper)
             ledger.phase = log.phase = "EMA update"
-            momentum = schedules.values["momentum"](last)
-            # TeacherEMAHook asks on the device whether the step was skipped, or on the CPU.
-            skipped = optim_wrapper.step_skipped
-            algorithm.update_teacher(torch.where(skipped, 1.0, momentum) if on_gpu else momentum)
+            for (name, student), wrapper in zip(
+                students_of(algorithm).items(), wrappers_of(optim_wrapper), strict=True
+            ):
+                momentum = schedules[name].values["momentum"](last)
+                # TeacherEMAHook asks on the device whether the step was skipped, or on the CPU.
+                skipped = wrapper.step_skipped
+                student.update_teacher(torch.where(skipped, 1.0, momentum) if on_gpu else momentum)
     except DataDependentOutputException as error:
         raise UnpredictableStepError(
             f"the step reads a value of a tensor ({error.func}), which would also make the host "
@@ -111,8 +113,6 @@ def run_step(
         ) from error
     except ValueError as error:
         raise ConfigError(f"crops {crops}: {error}") from error
-    finally:
-        del optim_wrapper.step
     shapes = describe_batch(batch)
     peak = ledger.peak(start)
     del batch
@@ -124,15 +124,29 @@ def tell_state(
 ) -> None:
     """Book parameters by network, buffers and the state of the optimizer."""
     ledger.tell("buffers", algorithm.buffers())
-    for name, network in networks_of(algorithm):
-        ledger.tell(NETWORK_KINDS[name.rsplit(".", 1)[-1]], network.parameters())
-    for state in optim_wrapper.optimizer.state.values():
-        ledger.tell(OPTIMIZER, state.values())
+    for name, network in all_networks(algorithm):
+        ledger.tell(NETWORK_KINDS[name.rsplit(": ", 1)[-1]], network.parameters())
+    for wrapper in wrappers_of(optim_wrapper):
+        for state in wrapper.optimizer.state.values():
+            ledger.tell(OPTIMIZER, state.values())
 
 
-def _enter_optimizer(
-    ledger: MemoryLedger, log: CollectiveLog, optim_wrapper: PretrainOptimWrapper
-) -> None:
-    groups = optim_wrapper.param_groups
-    ledger.tell(GRADIENTS, (param.grad for group in groups for param in group["params"]))
-    ledger.phase = log.phase = "optimizer step"
+@contextmanager
+def _watching_steps(
+    wrapper: PretrainOptimWrapper, ledger: MemoryLedger, log: CollectiveLog
+) -> Iterator[None]:
+    """Context in which the optimizer's steps are a part of their own."""
+    take_step = wrapper.step
+
+    def step(**kwargs) -> None:
+        groups, phase = wrapper.param_groups, ledger.phase
+        ledger.tell(GRADIENTS, (param.grad for group in groups for param in group["params"]))
+        ledger.phase = log.phase = "optimizer step"
+        take_step(**kwargs)
+        ledger.phase = log.phase = phase
+
+    wrapper.step = step
+    try:
+        yield
+    finally:
+        del wrapper.step

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from . import activations as act
 from .options import Option
 from .prototypes import ComparisonMemory, comparison_memory
-from .state import gradients, local_numel, local_values, resident, shards
+from .state import gradients, local_numel, local_values, resident, shards, waiting_gradients
 from .workload import Sequence, Transformer, Workload, numel
 
 FP32 = 4
@@ -62,15 +62,16 @@ def plan_memory(
         **_forward_moments(work, option, kept, compared),
         **_backward_moments(work, option, kept, compared, world_size),
     }
-    # Gradients of the earlier micro batches, which DDP keeps outside of its buckets.
-    extra = _images(work) + (grads if work.accumulate > 1 else 0)
+    # DDP keeps those outside of its buckets.
+    waiting = waiting_gradients(work, option, world_size)
+    extra = _images(work) + waiting
     moments = {name: size + extra for name, size in moments.items()}
     moments["end of the backward pass"] = (
         _images(work)
         + kept.embedding
         + kept.block
         + kept.working
-        + (grads if option.strategy != "ddp" or work.accumulate > 1 else 0)
+        + max(waiting, 0 if option.strategy == "ddp" else grads)
         + gathered_memory(work, option, "blocks")
     )
     if on_gpu:

@@ -110,20 +110,38 @@ def _options(plan: Plan, gpu_gib: float) -> Table:
 def _recommend(plan: Plan, gpu_gib: float, console: Console) -> None:
     cheapest = plan.cheapest(gpu_gib * 2**30)
     if cheapest is None:
-        least = min(plan.options, key=lambda each: each.memory.peak)
-        images = least.work.crops.images
-        console.print(
-            f"Nothing fits: the least is {as_bytes(least.memory.peak)} with {images} images per "
-            "GPU. Take more GPUs, a smaller global batch or more micro batches "
-            "(train_cfg.accumulate).",
-            highlight=False,
-        )
+        _recommend_smaller(plan, console)
         return
-    lines = cheapest.option.config_lines(plan.options[0].option)
+    lines = cheapest.option.config_lines(plan.options[0].option, plan.common)
     if not lines:
         console.print("The cheapest that fits is what the config says.", highlight=False)
         return
-    console.print("The cheapest that fits; set in the config:", highlight=False)
+    own = "The config's own choice fits too. " if plan.options[0].fits(gpu_gib * 2**30) else ""
+    console.print(f"{own}The cheapest that fits; set in the config:", highlight=False)
+    _print_lines(lines, console)
+
+
+def _recommend_smaller(plan: Plan, console: Console) -> None:
+    least = min(plan.options, key=lambda each: each.memory.peak)
+    images = least.work.crops.images
+    console.print(
+        f"Nothing fits with {images} images per GPU: the least is {as_bytes(least.memory.peak)}. "
+        + ("It fits with either of:" if plan.smaller else "Take more or larger GPUs."),
+        highlight=False,
+    )
+    for each in plan.smaller:
+        (name, value), best = next(iter(each.setting.items())), each.best
+        words = f"{best.work.crops.images} images at a time, {best.option.strategy_words}"
+        console.print(
+            f"  {words}: {as_bytes(best.memory.peak)}, {_tera(best.total_flops)} TFLOP, "
+            f"{as_bytes(best.sent)} sent; set in the config:",
+            highlight=False,
+            soft_wrap=True,
+        )
+        _print_lines([f"train_cfg = dict({name}={value})", *each.lines], console)
+
+
+def _print_lines(lines: list[str], console: Console) -> None:
     for line in lines:
         console.print(f"    {line}", highlight=False, soft_wrap=True)
 

@@ -1,24 +1,31 @@
 """The plan of a config on some numbers of GPUs."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from mmengine.config import Config
+from torch import nn
 
+from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.dry_run.batches import crop_sets
 from dinov3_mm.engine.dry_run.fake_world import fake_ranks
+from dinov3_mm.engine.dry_run.inputs import check_numbers
 from dinov3_mm.engine.dry_run.model import build_on_meta
 from dinov3_mm.engine.dry_run.settle import needs_process_group, settle_config
 
 from .flops import step_flops
 from .memory import MemoryPlan, plan_memory
-from .options import RECOMPUTE, Option, all_options
+from .options import COMMON_KEYS, RECOMPUTE, Option, all_options
 from .traffic import Traffic, step_traffic
 from .workload import Workload, read_workload
 
 # Share of a GPU's memory that tensors should leave free: for CUDA's context and kernels, NCCL's
 # buffers, and what the allocator rounds up and cannot use again.
 RESERVE = 0.1
+# An image needs another for KoLeo.
+LEAST_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,21 @@ class OptionPlan:
 
 
 @dataclass(frozen=True)
+class SmallerBatch:
+    """A batch with which something fits.
+
+    Attributes:
+        setting: what to set in ``train_cfg``.
+        best: the cheapest option that fits.
+        lines: what else to set in the config.
+    """
+
+    setting: dict[str, int]
+    best: OptionPlan
+    lines: list[str]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Predictions for one number of GPUs; the first option is the config's own.
 
@@ -62,11 +84,15 @@ class Plan:
         gpus: ranks.
         derived: how values 'auto' were derived.
         options: predictions.
+        common: settings of the config's strategy that another one keeps.
+        smaller: where nothing fits, batches with which something does.
     """
 
     gpus: int
     derived: list[str]
     options: list[OptionPlan]
+    common: dict[str, Any] = field(default_factory=dict)
+    smaller: list[SmallerBatch] = field(default_factory=list)
 
     def cheapest(self, gpu_bytes: float) -> OptionPlan | None:
         """Of the options that fit the one with least work; None if none fits.
@@ -101,21 +127,61 @@ def make_plan(
         cfg: a pretraining config; it stays as it is.
         gpus: number of ranks.
         num_images: size of the data set, for values 'auto'; None counts the config's source.
-        memory_gib: memory of a GPU, for values 'auto'.
+        memory_gib: memory of a GPU, for values 'auto' and for what fits.
         gpus_per_node: GPUs of a machine.
         on_gpu: predict the paths on a GPU, otherwise those on a CPU.
 
     Raises:
         ConfigError: a config that so many ranks cannot train, or a model whose step is unknown.
     """
+    check_numbers(gpus, num_images=num_images, memory_gib=memory_gib)
+    if gpus_per_node < 1:
+        raise ConfigError(f"a machine has at least 1 GPU, got {gpus_per_node}")
     cfg = copy.deepcopy(cfg)
     with fake_ranks(gpus if needs_process_group(cfg, gpus) else None):
         derived = settle_config(cfg, gpus, num_images=num_images, memory_gib=memory_gib)
-        sets = crop_sets(cfg, gpus)
         model = build_on_meta(cfg)
-    works = [read_workload(cfg, model, crops) for crops in sets]
-    options = [plan_option(works, option, gpus, on_gpu=on_gpu) for option in all_options(cfg, gpus)]
-    return Plan(gpus, derived, options)
+        options = _plan_options(cfg, model, gpus, gpus_per_node, on_gpu=on_gpu)
+        common = {key: cfg.strategy[key] for key in COMMON_KEYS if key in cfg.strategy}
+        plan = Plan(gpus, derived, options, common)
+        if memory_gib is None or plan.cheapest(memory_gib * 2**30) is not None:
+            return plan
+        for setting in ("accumulate", "global_batch_size"):
+            for changed in _smaller(cfg.train_cfg, setting, gpus):
+                cfg_changed = copy.deepcopy(cfg)
+                cfg_changed.train_cfg.update(changed)
+                tried = Plan(
+                    gpus,
+                    [],
+                    _plan_options(cfg_changed, model, gpus, gpus_per_node, on_gpu=on_gpu),
+                )
+                best = tried.cheapest(memory_gib * 2**30)
+                if best is not None:
+                    lines = best.option.config_lines(options[0].option, common)
+                    plan.smaller.append(SmallerBatch(changed, best, lines))
+                    break
+    return plan
+
+
+def _plan_options(
+    cfg: Config, model: nn.Module, gpus: int, gpus_per_node: int, *, on_gpu: bool
+) -> list[OptionPlan]:
+    """Predictions of a completed config: its own option first."""
+    works = [read_workload(cfg, model, crops) for crops in crop_sets(cfg, gpus)]
+    return [
+        plan_option(works, option, gpus, on_gpu=on_gpu)
+        for option in all_options(cfg, gpus, gpus_per_node)
+    ]
+
+
+def _smaller(train_cfg: Mapping[str, Any], key: str, gpus: int) -> Iterator[dict[str, int]]:
+    """Settings that halve the images of a micro batch again and again, down to two on a GPU."""
+    batch, accumulate = train_cfg["global_batch_size"], train_cfg.get("accumulate", 1)
+    images = batch // (gpus * accumulate)
+    factor = 2
+    while images % factor == 0 and images // factor >= LEAST_IMAGES:
+        yield {key: accumulate * factor if key == "accumulate" else batch // factor}
+        factor *= 2
 
 
 def plan_option(

@@ -47,6 +47,17 @@ def resident(work: Workload, option: Option, world_size: int) -> dict[str, int]:
     return sizes
 
 
+def waiting_gradients(work: Workload, option: Option, world_size: int) -> int:
+    """Bytes of the gradients of earlier micro batches of the step: whole ones under FSDP2, unless
+    those of every micro batch are reduced.
+    """
+    if work.accumulate == 1:
+        return 0
+    if option.is_sharded and not option.reduce_every:
+        return option.reduce_bytes * work.networks["student"].num_trained
+    return gradients(work, option, world_size)
+
+
 def gradients(work: Workload, option: Option, world_size: int) -> int:
     """Bytes of the gradients of a step, which DDP keeps in its buckets between steps."""
     return FP32 * local_values(work.networks["student"], shards(option, world_size), trained=True)

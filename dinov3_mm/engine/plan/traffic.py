@@ -65,13 +65,14 @@ def _sharded(work: Workload, option: Option, world_size: int) -> list[tuple]:
     whole = parts * padded_values(student, parts)
     backward = whole * option.param_bytes if option.reshard else 0
     trained = sum(any(trained for _, trained in unit) for unit in student.units)
+    reduced = times if option.reduce_every else 1
     rows = [
         ("parameters in shards, forward", "all-gather", times * calls, times * forward),
         (
             "gradients in shards",
             "reduce-scatter",
-            times * trained,
-            times * whole * option.reduce_bytes,
+            reduced * trained,
+            reduced * whole * option.reduce_bytes,
         ),
     ]
     if backward:
@@ -79,7 +80,7 @@ def _sharded(work: Workload, option: Option, world_size: int) -> list[tuple]:
         rows.insert(1, (*row, times * backward))
     if option.num_replicas > 1:
         size = whole // parts * option.reduce_bytes
-        rows.append(("gradients of the replicas", "all-reduce", times * trained, times * size))
+        rows.append(("gradients of the replicas", "all-reduce", trained, size))
     return rows
 
 

@@ -10,6 +10,7 @@ from dinov3_mm.engine.dry_run.batches import NUM_GLOBAL_CROPS, CropSet
 from dinov3_mm.engine.networks import networks_of, units_of
 from dinov3_mm.models.backbones.vit_trunk import ViTTrunk
 from dinov3_mm.models.layers import ffn_hidden_dims
+from dinov3_mm.models.pretraining import DistillationTeachers
 from dinov3_mm.models.pretraining.head import DINOv3Head
 
 Sequence = tuple[int, int]  # images and tokens of each
@@ -182,10 +183,15 @@ def read_workload(cfg: Config, model: nn.Module, crops: CropSet) -> Workload:
     student = getattr(model, "student", None)
     if student is None:
         raise ConfigError(
-            f"model: the plan knows DINOv3, not {type(model).__name__}; of a distillation into "
-            "several students plan the configs of the students"
+            f"model: the plan knows DINOv3, not {type(model).__name__}; tools/train.py --dry-run "
+            "runs a step of several students"
         )
     distillation = getattr(model, "distillation_teacher", None)
+    if isinstance(distillation, DistillationTeachers):
+        raise ConfigError(
+            "model: the plan knows one distillation teacher; tools/train.py --dry-run runs a step "
+            "with several"
+        )
     parts = ("backbone", "dino_head", "ibot_head")
     return Workload(
         *(_part(student[name]) for name in parts),

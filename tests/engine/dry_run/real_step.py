@@ -8,6 +8,7 @@ from mmengine.registry import MODELS
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dinov3_mm.engine.dry_run.batches import crop_sets, make_batch
+from dinov3_mm.engine.dry_run.model import students_of
 from dinov3_mm.engine.dry_run.settle import settle_config
 
 MEASURED = "measured step"
@@ -27,13 +28,17 @@ def measured_peak(cfg: Config) -> int:
         model = MODELS.build(cfg.model)
         model.init_weights()
         model.train()
+        if hasattr(model, "distillation_teacher"):
+            model.distillation_teacher.is_ready = True
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         batch = make_batch(cfg, crops, channels=3)
         for name in ("first step", MEASURED):
             with record_function(name):
-                model.set_step(teacher_temp=0.07)
+                for student in students_of(model).values():
+                    student.set_step(teacher_temp=0.07)
                 model.train_step(batch, wrapper)
-                model.update_teacher(0.99)
+                for student in students_of(model).values():
+                    student.update_teacher(0.99)
     return _peak(recorded)
 
 

@@ -111,7 +111,7 @@ def test_every_set_of_crop_sizes_with_a_gram_teacher():
 
 
 def test_schedules_at_the_ends_of_warm_ups():
-    header, rows = dry_run(toy_config(), 1).schedules.table()
+    header, rows = dry_run(toy_config(), 1).schedules[""].table()
     values = {int(row[0]): dict(zip(header, row)) for row in rows}
     assert list(values) == [0, 11, 50, 99]
     assert values[0]["lr"] == "0" and values[11]["lr"] == "0.002"
@@ -141,9 +141,17 @@ def test_masks_are_those_of_the_fullest_rank():
         (dict(strategy=dict(type="FSDP2Strategy", num_replicas=3)), 4, "does not divide 4 ranks"),
         (dict(strategy=dict(type="FSDP2Strategy", param_dtype="bf8")), 4, "param_dtype must be"),
         (dict(model__student_temp=0.0), 1, "student_temp must be positive"),
-        (dict(train_cfg__global_batch_size="auto"), 2, "--num-images"),
+        (dict(train_cfg__max_iters="auto"), 2, "--num-images"),
+        (dict(train_cfg__global_batch_size="auto"), 2, "--gpu-memory"),
         (dict(model__koleo__distributed=False), 8, "more than topk=1 images"),
         (dict(runner_type="Runner"), 1, "for pretraining configs"),
+        (dict(), 0, "processes must be at least 1, got 0"),
+        (dict(), -8, "processes must be at least 1, got -8"),
+        (dict(train_cfg__surplus=True), 3, "surplus=True is for students in rank groups"),
+        (dict(train_cfg__max_iters=5), 1, "custom_hooks.0: cosine schedule: .* total_iters=5"),
+        (dict(train_dataloder=dict()), 1, "did you mean 'train_dataloader'"),
+        (dict(strategy=dict(type="DeepSpeedStrategy")), 2, "knows .*FSDP2Strategy"),
+        (dict(strategy=FSDP2, optim_wrapper__optimizer__type="SGD"), 2, "AdamW or Adam"),
     ],
 )
 def test_impossible_configs_are_refused_in_words(changes, world_size, message):
@@ -157,6 +165,15 @@ def test_a_hook_that_is_missing_is_named():
     cfg.custom_hooks.pop()
     with pytest.raises(ConfigError, match="TeacherEMAHook"):
         dry_run(cfg, 1)
+    cfg = toy_config(model__gram=dict(weight=1.0), train_dataloader__transform__gram_size=48)
+    with pytest.raises(ConfigError, match="GramAnchorHook"):
+        dry_run(cfg, 1)
+
+
+@pytest.mark.parametrize("settings", [dict(num_images=0), dict(memory_gib=-1.0)])
+def test_impossible_numbers_are_refused(settings):
+    with pytest.raises(ConfigError, match="must be"):
+        dry_run(toy_config(), 1, **settings)
 
 
 def test_a_step_that_reads_a_value_is_refused(monkeypatch):

@@ -11,6 +11,7 @@ from dinov3_mm.engine.plan.flops import block_flops
 from tests.engine.dry_run.toys import toy_config
 
 FSDP2 = dict(type="FSDP2Strategy")
+EVERY = dict(reduce_every_micro_batch=True, **FSDP2)
 GRAM = dict(
     model__gram=dict(weight=1.0),
     train_dataloader__transform__gram_size=48,
@@ -66,6 +67,8 @@ OPTIONS = {
     "micro batches": (2, dict(train_cfg__accumulate=2)),
     "FSDP2": (2, dict(strategy=dict(param_dtype="bf16", **FSDP2), model__compute_dtype="bf16")),
     "gathered": (2, dict(strategy=dict(reshard_after_forward=False, **FSDP2))),
+    "gradients wait whole": (4, dict(strategy=FSDP2, train_cfg__accumulate=4)),
+    "gradients wait in shards": (4, dict(strategy=EVERY, train_cfg__accumulate=4)),
 }
 
 
@@ -113,6 +116,9 @@ def _attention(cfg) -> float:
         dict(strategy=FSDP2),
         dict(strategy=dict(type="FSDP2Strategy", param_dtype="bf16", reshard_after_forward=False)),
         dict(strategy=dict(type="FSDP2Strategy", num_replicas=2)),
+        dict(strategy=FSDP2, train_cfg__accumulate=2),
+        dict(strategy=EVERY, train_cfg__accumulate=2),
+        dict(strategy=dict(num_replicas=2, **EVERY), train_cfg__accumulate=2),
         dict(strategy=FSDP2, model__prototype_chunk_size=7),
         dict(strategy=FSDP2, **GRAM),
     ],
@@ -168,3 +174,54 @@ def test_backbones_without_a_formula_are_named():
     cfg.train_dataloader.transform.update(global_size=64, local_size=32)
     with pytest.raises(ConfigError, match="not of DINOv3ConvNeXt"):
         make_plan(cfg, 1)
+
+
+def test_what_fits_is_said_where_nothing_does():
+    base = config(**LARGER, model__compute_dtype="bf16")
+    least = min(each.memory.peak for each in make_plan(base, 1).options)
+    gib = 0.7 * least / 2**30
+    plan = make_plan(base, 1, memory_gib=gib)
+    assert plan.cheapest(gib * 2**30) is None
+    assert [list(each.setting) for each in plan.smaller] == [["accumulate"], ["global_batch_size"]]
+    for each in plan.smaller:
+        changed = config(**LARGER, model__compute_dtype="bf16")
+        changed.train_cfg.update(each.setting)
+        changed.model.backbone.with_cp = each.best.option.recompute
+        changed.model.prototype_chunk_size = each.best.option.chunk_size
+        found = dry_run(changed, 1).steps[0]
+        assert found.crops.images == each.best.work.crops.images < 64
+        assert found.peak.total < 0.95 * gib * 2**30
+
+
+def test_an_option_keeps_what_all_strategies_have():
+    cfg = config(strategy=dict(type="PretrainDDPStrategy", compile_blocks=True))
+    plan = make_plan(cfg, 2)
+    sharded = next(each for each in plan.options if each.option.is_sharded)
+    (line,) = [
+        line
+        for line in sharded.option.config_lines(plan.options[0].option, plan.common)
+        if line.startswith("strategy")
+    ]
+    assert "_delete_=True" in line and "compile_blocks=True" in line
+
+
+def test_machines_decide_the_replicas():
+    replicas = {
+        each.option.num_replicas
+        for each in make_plan(config(strategy=FSDP2), 8, gpus_per_node=4).options
+    }
+    assert replicas == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "message"),
+    [
+        (0, dict(), "at least 1, got 0"),
+        (2, dict(memory_gib=0.0), "more than 0 GiB"),
+        (2, dict(num_images=0), "images must be at least 1"),
+        (2, dict(gpus_per_node=0), "at least 1 GPU"),
+    ],
+)
+def test_impossible_numbers_are_refused(gpus, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(config(), gpus, **settings)
