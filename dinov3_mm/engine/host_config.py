@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 
 from dinov3_mm.checkpoints.download import is_url
@@ -123,6 +124,9 @@ def settle_host(cfg: Config) -> list[str]:
         ConfigError: weights that are neither a file nor a known name.
     """
     lines = []
+    if cfg.get("sync_bn") == "torch" and not torch.cuda.is_available():
+        cfg.sync_bn = None  # torch synchronises batch norms on accelerators only
+        lines.append("sync_bn is off: there is no GPU, and each process takes its own statistics")
     for init_cfg in initializers(cfg.model):
         weights = _checked(init_cfg.get("checkpoint"))
         init_cfg["checkpoint"] = weights

@@ -70,6 +70,15 @@ def test_weights_for_other_inputs_are_mentioned(tmp_path):
     assert settle_host(cfg) == []
 
 
+def test_batch_norms_are_not_synchronised_without_a_gpu(tmp_path, monkeypatch):
+    cfg = host_config(backbone={"type": "DINOv3ViT"})
+    for there in (False, True):
+        cfg.sync_bn = "torch"
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        lines = settle_host(cfg)
+        assert (cfg.sync_bn, len(lines)) == (("torch", 0) if there else (None, 1))
+
+
 def test_data_moves_all_paths_and_counts_folders(tmp_path):
     for name in ("cat", "dog", "owl"):
         (tmp_path / "train" / name).mkdir(parents=True)
