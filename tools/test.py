@@ -23,7 +23,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Test a model.")
     parser.add_argument("config", help="config file")
     parser.add_argument("checkpoint", nargs="?", help="training checkpoint")
-    parser.add_argument("--work-dir", help="folder of the log and of metrics.json")
+    parser.add_argument(
+        "--work-dir",
+        help="folder of the log and of metrics.json; default: test below that of training",
+    )
     parser.add_argument("--data", metavar="DIR", help="root of the data set")
     parser.add_argument(
         "--weights",
@@ -56,7 +59,9 @@ def load_config(args: argparse.Namespace) -> Config:
             raise ConfigError("--head and a checkpoint: both hold the head; give one")
         set_head(cfg, args.head)
     apply_options(cfg, parse_options(args.cfg_options))
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
+    # Not the folder of training: the runner writes its config, which --tta changes.
+    trained = cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
+    cfg.work_dir = args.work_dir or f"{trained}/test"
     if args.show_dir is not None:
         draw_predictions(cfg, args.show_dir)
     if args.tta:
