@@ -9,8 +9,8 @@ model = dict(
         # '7b': 40 blocks of width 4096, 32 heads, SwiGLU of 8192, no bias of q, k and v, 4 registers, LayerNorm eps 1e-5, layer
         # scale 1e-5, a norm of its own for the CLS of local crops.
         arch='7b',
-        # The released configuration says fp32; its trainer ignores that and rotates in bf16, with periods in bf16. Here as it
-        # trained. The files for users compute in fp32 with those periods.
+        # RoPE in bf16 throughout, as the released trainer computed; its configuration says fp32, which it ignores. Released files
+        # hold the periods of this training, rounded to bf16; a backbone built from them rotates in fp32.
         rope_dtype='bf16',
         rope_rescale_coords=2.0,
         drop_path_rate=0.4,
@@ -28,7 +28,7 @@ model = dict(
     compute_dtype='bf16',
 )
 
-# Sharded over all GPUs: about 200 GB of fp32 weights, EMA, gradients, moments and Gram teacher.
+# Sharded over all GPUs: 131 GiB of fp32 weights, gradients, moments and EMA teacher, with a Gram teacher 156 GiB.
 # fp8_filter: linear layers of the blocks in float8, as released; for GPUs before Hopper set it to None.
 # num_replicas=N shards within groups of (GPUs / N) and replicates over the groups.
 strategy = dict(

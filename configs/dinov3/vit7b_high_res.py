@@ -15,7 +15,7 @@ model = dict(
     gram=dict(img_level=True),
     # Groups of 16 images over the GPUs, which must hold 16 or a divisor of it each.
     koleo=dict(distributed=True, group_size=16),
-    # At 768 px 6,000 masked patches a GPU: in whole matrices of 98,304 logits they would need some 15 GB.
+    # At 768 px 6,000 masked patches a GPU: logits and targets of 98,304 prototypes take 5 GiB whole, half of it in chunks.
     prototype_chunk_size=16_384,
 )
 

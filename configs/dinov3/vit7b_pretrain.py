@@ -1,7 +1,7 @@
 # ViT-7B/16, stage 1 of 3. 32 nodes of eight GPUs, 16 images each:
 #   GPUS=256 bash tools/slurm_train.sh PARTITION vit7b configs/dinov3/vit7b_pretrain.py WORK_DIR
-# The weights, moments and teachers fit eight GPUs of 80 GB; a batch of 4096 does not: smaller, the learning rate follows by its
-# scaling rule, and model.prototype_chunk_size=16384 bounds the memory of the prototypes.
+# Weights, moments and teacher fit eight GPUs of 80 GB, a batch of 4096 does not: with model.backbone.with_cp=True one of 1024 does,
+# or 4096 with train_cfg.accumulate=8. The learning rate follows by its scaling rule. See docs/scaling.md.
 _base_ = ['../_base_/vit7b.py']
 
 max_iters = 1_000_000

@@ -5,7 +5,8 @@
 A process for each config, one after the other. Prints a line for each, of students in rank groups
 one for each student: parameters of the student, memory at the fullest moment of a rank, collectives
 of a step and what a rank sends in them; of several crop sizes those that need most. CPU: seconds of
-the whole process. The exit code is 1 if a config fails.
+the whole process. 'over 80 GiB': the step is sound, but such a GPU is too small for it; see
+docs/scaling.md. The exit code is 1 if a config fails.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from dinov3_mm.engine import ConfigError
 from dinov3_mm.engine.dry_run import DryRunReport, dry_runs
 from dinov3_mm.engine.dry_run.collectives import sent_per_rank
 from dinov3_mm.engine.dry_run.report import as_bytes
+from dinov3_mm.engine.plan.run import RESERVE
 
 CONFIGS = Path("configs/dinov3")
 
@@ -106,6 +108,12 @@ def line_of(record: dict) -> str:
     )
 
 
+def verdict_of(record: dict) -> str:
+    """What the last column says of a dry run that came to its end."""
+    fits = record["peak_bytes"] <= (1 - RESERVE) * GPU_GIB * 2**30
+    return "ok" if fits else f"ok, over {GPU_GIB:g} GiB (with {RESERVE:.0%} in reserve)"
+
+
 def run_apart(config: Path) -> tuple[list[dict], str]:
     """Records of a config from a process of its own, or what went wrong."""
     command = [sys.executable, "-m", "tests.acceptance.dry_runs", "--one", str(config)]
@@ -125,7 +133,7 @@ def run_all(configs: list[Path]) -> tuple[list[dict], int]:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         for record in records:
-            print(f"{line_of(record)}{seconds:>7.0f} s  ok", flush=True)
+            print(f"{line_of(record)}{seconds:>7.0f} s  {verdict_of(record)}", flush=True)
         if error:
             failed += 1
             print(f"{config.stem:34}{'failed':>6}  {error}", flush=True)
