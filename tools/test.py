@@ -10,11 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from mmengine.config import Config
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
-from dinov3_mm.engine import LAUNCHERS, ConfigError, apply_options, parse_options, start_processes
+from dinov3_mm.engine import (
+    LAUNCHERS,
+    ConfigError,
+    apply_options,
+    end_processes,
+    parse_options,
+    start_processes,
+)
 from dinov3_mm.engine.host_config import set_data_root, set_head, set_host_weights
 from dinov3_mm.engine.testing import build_tester, draw_predictions, test, use_tta
 
@@ -72,11 +78,8 @@ def load_config(args: argparse.Namespace) -> Config:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     start_processes(args.launcher)
-    runner = build_tester(load_config(args), args.checkpoint, weights=args.weights)
-    test(runner)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    test(build_tester(load_config(args), args.checkpoint, weights=args.weights))
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint as find_mmengine_checkpoint
 
@@ -19,6 +18,7 @@ from dinov3_mm.engine import (
     ConfigError,
     apply_options,
     build_runner,
+    end_processes,
     find_latest_checkpoint,
     parse_options,
     resume_stage,
@@ -214,9 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.cache_features is not None:
         notes += cache_features(cfg, args.cache_features, args.cache_dtype)
     build_runner(cfg, notes=notes).train()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 from . import feature_cache, fsdp2, hooks, loops, optim, strategy, students  # noqa: F401
 from .build import build_runner
 from .config import ConfigError, apply_options, check_config, parse_options
-from .runner import LAUNCHERS, find_latest_checkpoint, start_processes
+from .runner import LAUNCHERS, end_processes, find_latest_checkpoint, start_processes
 from .stages import resume_stage, start_from_stage
 from .starting_point import set_data, set_teacher, set_weights
 
@@ -14,6 +14,7 @@ __all__ = [
     "apply_options",
     "build_runner",
     "check_config",
+    "end_processes",
     "find_latest_checkpoint",
     "parse_options",
     "resume_stage",

@@ -5,14 +5,46 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from dinov3_mm.engine.runner.launch import Placement, find_placement, start_processes
+from dinov3_mm.engine.runner.launch import (
+    Placement,
+    end_processes,
+    find_placement,
+    start_processes,
+)
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def test_one_process_needs_no_group():
     assert start_processes("none") == 1
+
+
+def gloo_threads() -> int:
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists threads as Linux does")
+def test_groups_end_with_their_threads():
+    before = gloo_threads()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    # A dimension of its own has a group of its own.
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh)
+    model(torch.ones(1, 4)).sum().backward()
+    assert gloo_threads() > before
+    model.itself = [model]
+    del model, mesh
+    end_processes()
+    assert not dist.is_initialized()
+    assert gloo_threads() == before
+    end_processes()  # nothing to do
 
 
 def test_torchrun():

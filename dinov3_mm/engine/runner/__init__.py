@@ -1,11 +1,12 @@
 """Launching, run files and the checkpoint format."""
 
 from dinov3_mm.engine.runner.files import find_latest_checkpoint
-from dinov3_mm.engine.runner.launch import LAUNCHERS, start_processes
+from dinov3_mm.engine.runner.launch import LAUNCHERS, end_processes, start_processes
 from dinov3_mm.engine.runner.training_state import read_training_state, write_training_state
 
 __all__ = [
     "LAUNCHERS",
+    "end_processes",
     "find_latest_checkpoint",
     "read_training_state",
     "start_processes",

@@ -1,4 +1,4 @@
-"""Process groups for ``--launcher {none,pytorch,slurm}``, on CUDA or on CPU.
+"""Process groups for ``--launcher {none,pytorch,slurm}``, on CUDA or on CPU: begin and end.
 
 MMEngine's own launcher selects a CUDA device even for gloo, so ranks without a GPU die in it. It
 leaves a process group that exists alone, so this one is made before the runner.
@@ -8,6 +8,7 @@ network. Several nodes need ``MASTER_ADDR``, which torchrun and the Slurm branch
 """
 
 import datetime
+import gc
 import os
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 LAUNCHERS = ("none", "pytorch", "slurm")
 
@@ -67,6 +69,24 @@ def start_processes(launcher: str, *, timeout_s: float = 1800.0) -> int:
         **_meeting_point(placement),
     )
     return placement.world_size
+
+
+def end_processes() -> None:
+    """Destroy all process groups and join their threads; all ranks must call this.
+
+    To be called once, when nothing but what Python would throw away refers to the run: a group that
+    outlives this call still has running threads when the interpreter ends, which aborts the process
+    ("terminate called without an active exception").
+    """
+    if not dist.is_initialized():
+        return
+    dist.barrier()  # a rank that is late may still need the others
+    # A run is full of reference cycles; units of FSDP2 among them hold groups.
+    gc.collect()
+    # torch's caches of operators on shards keep meshes for good, and a mesh holds its groups.
+    for mesh in [found for found in gc.get_objects() if issubclass(type(found), DeviceMesh)]:
+        getattr(mesh, "_pg_registry", {}).clear()
+    dist.destroy_process_group()
 
 
 def find_placement(launcher: str, environment: Mapping[str, str]) -> Placement:
