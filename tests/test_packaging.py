@@ -11,6 +11,7 @@ from mmengine.fileio import load
 from mmengine.hub import get_config
 
 import dinov3_mm
+from dinov3_mm.engine import read_config
 from dinov3_mm.models.backbones.zoo import ZOO
 from tests.hosts.lane import require_hosts
 
@@ -24,7 +25,7 @@ def test_a_base_config_of_the_package(tmp_path):
     path.write_text(
         "_base_ = 'dinov3_mm::dinov3/distill_vits16.py'\ntrain_cfg = dict(max_iters=7)\n"
     )
-    cfg = Config.fromfile(path)
+    cfg = read_config(path)
     original = Config.fromfile(ROOT / "configs/dinov3/distill_vits16.py")
     assert cfg.model == original.model and cfg.train_cfg.max_iters == 7
 

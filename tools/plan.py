@@ -9,11 +9,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
-from dinov3_mm.engine import ConfigError, apply_options, parse_options, set_data
+from dinov3_mm.engine import ConfigError, apply_options, parse_options, read_config, set_data
 from dinov3_mm.engine.dry_run import check_file
 from dinov3_mm.engine.dry_run.report import make_console
 from dinov3_mm.engine.plan import make_plan, print_plan
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     check_file(args.config)
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     if args.data is not None:
         set_data(cfg, args.data)
     apply_options(cfg, parse_options(args.cfg_options))

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
-from dinov3_mm.engine import ConfigError, apply_options, parse_options
+from dinov3_mm.engine import ConfigError, apply_options, parse_options, read_config
 from dinov3_mm.engine.feature_cache import use_feature_cache
 from dinov3_mm.engine.host_config import (
     is_host_config,
@@ -62,7 +61,7 @@ def table(trials: Sequence[Trial]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     if not is_host_config(cfg):
         raise ConfigError("a sweep trains heads on a frozen backbone; this config pretrains")
     if args.data is not None:

@@ -19,6 +19,7 @@ from dinov3_mm.engine import (
     apply_options,
     end_processes,
     parse_options,
+    read_config,
     start_processes,
 )
 from dinov3_mm.engine.host_config import set_data_root, set_head, set_host_weights
@@ -55,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_config(args: argparse.Namespace) -> Config:
     """Config file plus what the command line says."""
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     if args.data is not None:
         set_data_root(cfg, args.data)
     if args.weights is not None:

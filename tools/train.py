@@ -21,6 +21,7 @@ from dinov3_mm.engine import (
     end_processes,
     find_latest_checkpoint,
     parse_options,
+    read_config,
     resume_stage,
     set_data,
     set_teacher,
@@ -122,7 +123,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_config(args: argparse.Namespace) -> Config:
     """Config file plus what the command line says."""
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     of_host = is_host_config(cfg)
     if args.data is not None:
         (set_data_root if of_host else set_data)(cfg, args.data)

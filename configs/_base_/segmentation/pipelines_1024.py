@@ -1,46 +1,13 @@
-# As pipelines_512.py, for images whose own short side is 1024 (Cityscapes, LoveDA): crops of 512 from images of short side
+# pipelines_512.py for images whose own short side is 1024 (Cityscapes, LoveDA): crops of 512 from images of short side
 # 512 to 2048.
-long_side = 1000000
-load = dict(type='LoadImageFromFile', imdecode_backend='pillow', color_type='color_ignore_orientation')
-train_pipeline = [
-    load,
-    dict(type='LoadAnnotations'),
-    dict(
-        type='RandomResize',
-        scale=(long_side, 1024),
-        ratio_range=(0.5, 2.0),
-        keep_ratio=True,
-        backend='pillow',
-    ),
-    dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='DINOv3PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
-]
-# The label is read after the resize: predictions are brought to its size.
-test_pipeline = [
-    load,
-    dict(type='Resize', scale=(long_side, 1024), keep_ratio=True, backend='pillow'),
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
-]
-# tools/test.py CONFIG CHECKPOINT --tta: six scales, each also flipped; probabilities are averaged.
-tta_model = dict(type='SegTTAModel')
-tta_pipeline = [
-    load,
-    dict(
-        type='TestTimeAug',
-        transforms=[
-            [
-                dict(type='Resize', scale=(long_side, side), keep_ratio=True, backend='pillow')
-                for side in (512, 768, 1024, 1280, 1536, 1792)
-            ],
-            [
-                dict(type='RandomFlip', prob=0.0, direction='horizontal'),
-                dict(type='RandomFlip', prob=1.0, direction='horizontal'),
-            ],
-            [dict(type='LoadAnnotations')],
-            [dict(type='PackSegInputs')],
-        ],
-    ),
+_base_ = './pipelines_512.py'
+
+train_pipeline = _base_.train_pipeline
+train_pipeline[2]['scale'] = (_base_.long_side, 1024)
+test_pipeline = _base_.test_pipeline
+test_pipeline[1]['scale'] = (_base_.long_side, 1024)
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1]['transforms'][0] = [
+    dict(resize, scale=(_base_.long_side, side))
+    for resize, side in zip(tta_pipeline[1]['transforms'][0], (512, 768, 1024, 1280, 1536, 1792))
 ]

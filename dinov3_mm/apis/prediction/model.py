@@ -14,6 +14,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import nn
 
+from dinov3_mm.engine.config import read_config
 from dinov3_mm.engine.host_config import set_head, set_host_weights, settle_host
 from dinov3_mm.engine.testing import load_model_weights
 
@@ -91,7 +92,7 @@ def load_model(
         FileNotFoundError: no such checkpoint.
         ValueError: tensors that do not fit.
     """
-    cfg = copy.deepcopy(config) if isinstance(config, Config) else Config.fromfile(config)
+    cfg = copy.deepcopy(config) if isinstance(config, Config) else read_config(config)
     if weights is not None:
         set_host_weights(cfg, str(weights))
     if head is not None:
