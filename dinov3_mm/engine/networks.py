@@ -5,18 +5,26 @@ from typing import Any
 
 from torch import nn
 
+from dinov3_mm.models.pretraining import DistillationTeachers
+
 # Networks of the algorithm that run on their own; each holds a backbone and perhaps heads.
 NETWORKS = ("student", "teacher", "gram_teacher", "distillation_teacher")
 
 
 def networks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every network of the algorithm that is there, its students' included."""
+    """Name and module of every network of the algorithm that is there.
+
+    Those of several students and of several distillation teachers are named apart.
+    """
     for student, algorithm in getattr(model, "students", {}).items():
         for name, network in networks_of(algorithm):
             yield f"students.{student}.{name}", network
     for name in NETWORKS:
         network = getattr(model, name, None)
-        if isinstance(network, nn.Module):
+        if isinstance(network, DistillationTeachers):
+            for teacher, each in network.items():
+                yield f"{name}.{teacher}", each
+        elif isinstance(network, nn.Module):
             yield name, network
 
 

@@ -125,7 +125,8 @@ def tell_state(
     """Book parameters by network, buffers and the state of the optimizer."""
     ledger.tell("buffers", algorithm.buffers())
     for name, network in all_networks(algorithm):
-        ledger.tell(NETWORK_KINDS[name.rsplit(": ", 1)[-1]], network.parameters())
+        kind = name.rsplit(": ", 1)[-1].partition(".")[0]  # one of several teachers has a name
+        ledger.tell(NETWORK_KINDS[kind], network.parameters())
     for wrapper in wrappers_of(optim_wrapper):
         for state in wrapper.optimizer.state.values():
             ledger.tell(OPTIMIZER, state.values())

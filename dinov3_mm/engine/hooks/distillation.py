@@ -7,7 +7,9 @@ from os import PathLike
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from torch.distributed.tensor import DTensor
 
+from dinov3_mm.checkpoints.unread import reading_for_shards
 from dinov3_mm.models.pretraining import DistillationTeachers
 
 STATE_KEY = "distillation_teacher"
@@ -18,7 +20,7 @@ class DistillationHook(Hook):
     """Gives the frozen distillation teacher, or several, their weights before training.
 
     Training checkpoints do not hold the teacher: the file is read again when a run is resumed, and
-    must still hold the same weights.
+    must still hold the same weights. Of a teacher in shards each rank reads its own.
 
     Args:
         checkpoint: Backbone and both heads: a training checkpoint (its EMA teacher is taken) or an
@@ -57,7 +59,9 @@ class DistillationHook(Hook):
                 f"the model has one distillation teacher: give DistillationHook checkpoint=FILE, "
                 f"not {dict(self.checkpoint)}"
             )
-        runner.logger.info(f"distillation teacher: {teacher.load(self.checkpoint)}")
+        is_sharded = any(isinstance(param, DTensor) for param in teacher.parameters())
+        with reading_for_shards(is_sharded):
+            runner.logger.info(f"distillation teacher: {teacher.load(self.checkpoint)}")
         self._fingerprint = teacher.fingerprint()
         if self._expected is not None:
             self._compare()
