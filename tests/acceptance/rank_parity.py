@@ -29,6 +29,11 @@ from dinov3_mm.engine.runner.training_state import read_training_state
 from tests.integration.toy_run import start_training, toy_config, train, write_images
 from tests.integration.traces import read_trace
 
+# What comes near this bar is KoLeo, a mean of logarithms of both signs that passes zero: 0.009 at
+# iteration 15 with three micro batches, where its condition number reaches 115. There a change of
+# every initial weight by one unit in its last place moves it by 1.1e-5 to 2.7e-5 relative (four
+# draws, one process), which is 1e-7 to 2.4e-7 absolute, and no other loss by more than 4e-7. Close
+# features are not the reason: nearest neighbours are 0.5 apart there.
 LOSS_BAR = 1e-5
 PARAMETER_BAR = 1e-4
 GLOBAL_BATCH = 12
