@@ -5,9 +5,10 @@ import torch.distributed as dist
 
 from dinov3_mm.engine import ConfigError
 from dinov3_mm.engine.dry_run import dry_run, dry_runs
+from dinov3_mm.engine.plan import make_plan
 from tests.engine.dry_run.real_step import measured_peak
 from tests.engine.dry_run.students import TEACHER_BOTTLENECK, two_students
-from tests.engine.dry_run.toys import PROTOTYPES
+from tests.engine.dry_run.toys import PROTOTYPES, toy_config
 
 GROUPS = dict(narrow=(0, 1), wide=(1, 4))
 SHARE = "crops and features of all ranks"
@@ -75,6 +76,24 @@ def test_peak_is_that_of_the_profiler():
     peak = dry_run(two_students(global_batch_size=64), 1, on_gpu=False).steps[0].peak
     measured = measured_peak(two_students(global_batch_size=64))
     assert 0.97 * measured <= peak.total <= 1.0005 * measured
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_one_student_of_several_teachers(world_size):
+    cfg = toy_config(strategy=dict(type="FSDP2Strategy"))
+    backbone, head = dict(cfg.model.backbone), dict(cfg.model.dino_head)
+    teacher = dict(backbone=backbone, dino_head=head, ibot_head=head)
+    cfg.model.distillation = dict(teachers=dict(first=teacher, second=teacher))
+    cfg.model.dino_head.pop("num_prototypes")
+    cfg.model.ibot_head.pop("num_prototypes")
+    cfg.custom_hooks.append(dict(type="DistillationHook", checkpoint=None))
+    report = dry_run(cfg, world_size)
+    teachers = [name for name in report.networks if name.startswith("distillation_teacher")]
+    assert teachers == ["distillation_teacher.first", "distillation_teacher.second"]
+    local = sum(report.networks[name][1] for name in teachers)
+    assert report.steps[0].resident["distillation teacher"] == 4 * local
+    with pytest.raises(ConfigError, match="one distillation teacher"):
+        make_plan(cfg, world_size)
 
 
 @pytest.mark.parametrize(
