@@ -67,7 +67,8 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, np.ndarray):
         return {"array": _keep(torch.from_numpy(np.ascontiguousarray(value)), tensors)}
     if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [_encode(item, tensors) for item in value]}
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_encode(item, tensors) for item in value]}
     if isinstance(value, dict):
         return {"dict": {name: _encode(item, tensors) for name, item in value.items()}}
     kind = type(value).__name__

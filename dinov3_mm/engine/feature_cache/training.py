@@ -51,8 +51,8 @@ class Features:
 class CachedFeaturesHook(Hook):
     """Lets a model take features where images are expected.
 
-    A batch of features goes around the preprocessor and the backbone; a batch of images, as in
-    validation by sliding windows, through both. Names of parameters stay the same.
+    A batch of features goes around the preprocessor and the backbone; a batch of images, as in the
+    validation of a segmentor, through both. Names of parameters stay the same.
     """
 
     def before_run(self, runner) -> None:
@@ -66,8 +66,8 @@ def use_feature_cache(cfg: Config, folder: str, dtype: str = "fp32") -> list[str
     """Compute the features of a config's training set, and let its head train from them.
 
     The head sees the same samples in the same order as without a cache, so it comes out the same to
-    rounding (with ``dtype='fp32'``). The validation set is cached too where its samples are seen
-    whole and in one size; sliding windows are computed from images.
+    rounding (with ``dtype='fp32'``). The validation set of a classifier is cached too, if its images
+    have one size; other models validate on images.
 
     Args:
         cfg: config of a host with a frozen backbone and no random augmentation; changed in place.
@@ -81,8 +81,8 @@ def use_feature_cache(cfg: Config, folder: str, dtype: str = "fp32") -> list[str
         ConfigError: see :func:`compute_cache`.
     """
     lines = _cache(cfg, "train_dataloader", Path(folder) / "train", training=True, dtype=dtype)
-    sees_whole = (cfg.model.get("test_cfg") or {}).get("mode", "whole") == "whole"
-    if cfg.get("val_dataloader") and sees_whole:
+    # Segmentors and detectors use the size and the windows of images in prediction.
+    if cfg.get("val_dataloader") and cfg.get("default_scope") == "mmpretrain":
         try:
             place = Path(folder) / "val"
             lines += _cache(cfg, "val_dataloader", place, training=False, dtype=dtype)

@@ -21,6 +21,7 @@ def test_plain_values():
     assert torch.equal(result["b"][0], value["b"][0])
     assert np.array_equal(result["b"][1], value["b"][1])
     assert round_trip(np.float32(0.5)) == 0.5
+    assert round_trip(torch.Size((2, 3))) == (2, 3)
 
 
 def test_samples_of_the_hosts():
