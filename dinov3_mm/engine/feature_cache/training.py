@@ -66,8 +66,8 @@ def use_feature_cache(cfg: Config, folder: str, dtype: str = "fp32") -> list[str
     """Compute the features of a config's training set, and let its head train from them.
 
     The head sees the same samples in the same order as without a cache, so it comes out the same to
-    rounding (with ``dtype='fp32'``). The validation set of a classifier is cached too, if its images
-    have one size; other models validate on images.
+    rounding (with ``dtype='fp32'``). The validation set of a classifier is cached too, if its
+    images have one size; other models validate on images.
 
     Args:
         cfg: config of a host with a frozen backbone and no random augmentation; changed in place.

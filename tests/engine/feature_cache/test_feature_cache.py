@@ -42,6 +42,8 @@ def config(job: str, weights: str, work_dir: Path) -> Config:
         cfg[loader].sampler = dict(type="DefaultSampler", shuffle="train" in loader)
     cfg.train_cfg = dict(by_epoch=True, max_epochs=2, val_interval=2)
     cfg.param_scheduler = []
+    # Adam would divide small gradients by themselves, and so enlarge the rounding of features.
+    cfg.optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1, momentum=0.9))
     cfg.randomness = dict(seed=1)
     cfg.work_dir = str(work_dir)
     cfg.default_hooks.checkpoint = dict(type="CheckpointHook", interval=2, by_epoch=True)
