@@ -88,13 +88,18 @@ def draw_boxes(
     return result
 
 
-def draw_caption(image: np.ndarray, caption: str) -> np.ndarray:
-    """An image with a line of text in a bar above it."""
+def draw_caption(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
+    """An image with lines of text in a bar above it; a narrow image is framed to the text."""
     scale = max(0.4, min(image.shape[:2]) / 900)
-    (_, height), base = cv2.getTextSize(caption, _FONT, scale, 1)
-    bar = np.full((height + 2 * base + 2, image.shape[1], 3), 255, np.uint8)
-    cv2.putText(bar, caption, (4, height + base), _FONT, scale, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate((bar, image))
+    sizes = [cv2.getTextSize(line, _FONT, scale, 1) for line in lines]
+    step = max(height + base + 4 for (_, height), base in sizes)
+    width = max(image.shape[1], *(length + 8 for (length, _), _ in sizes))
+    result = np.full((image.shape[0] + step * len(lines) + 4, width, 3), 255, np.uint8)
+    for number, line in enumerate(lines, 1):
+        place = (4, step * number - 4)
+        cv2.putText(result, line, place, _FONT, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    result[-image.shape[0] :, : image.shape[1]] = image
+    return result
 
 
 def colour_depth(

@@ -106,6 +106,17 @@ def test_video(models, images, tmp_path):
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 4 and capture.get(cv2.CAP_PROP_FPS) == 5
 
 
+def test_captions_of_changing_width_make_a_video(models, images, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"mp4v"), 5, SIZE[::-1])
+    for image in images[1] * 2:
+        writer.write(image)
+    writer.release()
+    list(classify(models["classification"], clip, out_dir=tmp_path / "out"))
+    capture = cv2.VideoCapture(str(tmp_path / "out/clip.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 4
+
+
 def test_a_video_that_is_left_half_done_leaves_nothing(models, images, tmp_path):
     clip = tmp_path / "clip.mp4"
     writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"mp4v"), 5, SIZE[::-1])

@@ -50,8 +50,8 @@ def classify(
     def draw(image: NamedImage, result: Classified) -> np.ndarray:
         names = [model.classes[i] if model.classes else str(i) for i in result.labels]
         scores = result.scores[result.labels]
-        text = ", ".join(f"{name} {score:.2f}" for name, score in zip(names, scores))
-        return draw_caption(image.pixels, text)
+        lines = [f"{name} {score:.2f}" for name, score in zip(names, scores)]
+        return draw_caption(image.pixels, lines)
 
     return _run(model, inputs, out_dir, read, draw)
 

@@ -24,6 +24,7 @@ class PictureWriter:
         self.folder = folder
         self._video: Path | None = None
         self._stream: cv2.VideoWriter | None = None
+        self._shape: tuple[int, ...] = ()
 
     def __enter__(self) -> "PictureWriter":
         return self
@@ -47,11 +48,12 @@ class PictureWriter:
             return
         if self._stream is None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._shape = overlay.shape
             size = (overlay.shape[1], overlay.shape[0])
             code = cv2.VideoWriter_fourcc(*"mp4v")
             rate = frame_rate(image.video)
             self._stream = cv2.VideoWriter(str(self._partial()), code, rate, size)
-        self._stream.write(np.ascontiguousarray(overlay[..., ::-1]))
+        self._stream.write(np.ascontiguousarray(_fitted(overlay, self._shape)[..., ::-1]))
 
     def _partial(self) -> Path:
         return self.folder / f".{self._video.stem}.partial.mp4"
@@ -65,3 +67,13 @@ class PictureWriter:
             self._partial().replace(self.folder / f"{self._video.stem}.mp4")
         else:
             self._partial().unlink(missing_ok=True)
+
+
+def _fitted(overlay: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A frame as large as the first one, which a video needs: cut, or framed in white."""
+    if overlay.shape == shape:
+        return overlay
+    frame = np.full(shape, 255, np.uint8)
+    height, width = min(shape[0], overlay.shape[0]), min(shape[1], overlay.shape[1])
+    frame[:height, :width] = overlay[:height, :width]
+    return frame
