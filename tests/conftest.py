@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
 
 torch.set_num_threads(1)
 
@@ -29,3 +30,10 @@ def no_logger_of_an_ended_run():
         for handler in list(logger.handlers):
             if isinstance(handler, logging.FileHandler):
                 logger.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def no_scope_of_an_ended_run():
+    """Forget the default scopes that runs of earlier tests left behind."""
+    yield
+    DefaultScope._instance_dict.clear()
