@@ -154,6 +154,9 @@ def main() -> None:
         except ConfigError as error:
             sys.exit(" ".join(str(error).splitlines()))
         return
+    missing = [str(config) for config in arguments.configs if not config.is_file()]
+    if missing:
+        parser.error(f"no such config: {', '.join(missing)}")
     found, failed = run_all(arguments.configs or sorted(CONFIGS.glob("*.py")))
     if arguments.out:
         with atomic_write(arguments.out) as partial:
