@@ -27,13 +27,14 @@ _OPERATORS = {
     "_c10d_functional.all_gather_into_tensor": ("all-gather", None),
     "_c10d_functional.reduce_scatter_tensor": ("reduce-scatter", 0),
 }
+# File of the collectives that have a gradient.
+_DIFFERENTIABLE = "distributed/nn/functional"
 # Part of the file that asked for it: purpose.
 _PURPOSES = {
     "losses/sinkhorn": "Sinkhorn-Knopp",
     "losses/chunked_prototypes": "Sinkhorn-Knopp",
     "losses/koleo": "KoLeo",
     "pretraining/groups": "crops and features of all ranks",
-    "distributed/nn/functional": "KoLeo",
     "optim/wrapper": "gradient norm",
     "_fsdp_collectives": "parameters and gradients (FSDP2)",
     "dry_run/model": "gradients (DDP)",
@@ -90,7 +91,7 @@ class CollectiveLog(TorchDispatchMode):
         whole = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
         backward = torch._C._current_graph_task_id() != -1
         phase = self.phase.replace("forward", "backward") if backward else self.phase
-        entry = Collective(operation, _purpose(), phase, whole[0].dtype, ranks)
+        entry = Collective(operation, _purpose(operation), phase, whole[0].dtype, ranks)
         self.counts[entry] += 1
         self.sizes[entry] += sum(tensor.nbytes for tensor in whole)
 
@@ -121,10 +122,13 @@ def _is_group(argument: torch.ScriptObject) -> bool:
     return str(argument._type()).endswith(".ProcessGroup")
 
 
-def _purpose() -> str:
+def _purpose(operation: str) -> str:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
+        if _DIFFERENTIABLE in name:
+            # Its backward pass has no other frame: batch norms sum, KoLeo gathers.
+            return "batch norm" if operation == "all-reduce" else "KoLeo"
         for part, purpose in _PURPOSES.items():
             if part in name:
                 return purpose

@@ -64,6 +64,25 @@ def test_students_together():
     assert size == 4 * sum(report.networks[f"{name}: student"][0] for name in report.schedules)
 
 
+def test_batch_norms_and_koleo_are_told_apart():
+    pytest.importorskip("timm")
+    cfg = two_students()
+    cfg.model.student.pop("backbone")
+    cfg.model.student.koleo = dict(weight=0.1, distributed=True)
+    network = dict(type="TimmBackbone", name="resnet10t", batch_norm="sync")
+    sizes = dict(channels=[8, 16, 24, 32], stem_width=8, output_stride=8)
+    cfg.model.students = dict(resnet=dict(backbone=dict(**network, model_args=sizes)))
+    found = {
+        (entry.operation, entry.purpose, entry.phase)
+        for entry, *_ in dry_run(cfg, 2).steps[0].collectives
+    }
+    for phase in ("forward pass", "backward pass"):
+        assert ("all-reduce", "batch norm", phase) in found
+        assert ("all-reduce", "KoLeo", phase) not in found
+    assert ("all-gather", "KoLeo", "forward pass") in found
+    assert ("reduce-scatter", "KoLeo", "backward pass") in found
+
+
 def test_settings_of_one_student():
     cfg = two_students()
     cfg.custom_hooks[1].students = dict(wide=dict(lr=dict(base=1e-3)))
