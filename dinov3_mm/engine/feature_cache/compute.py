@@ -13,13 +13,15 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from rich.progress import track
 from torch import Tensor, nn
 
+from dinov3_mm.checkpoints import atomic_write
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.suggest import hint
 
 from .origin import check_frozen, check_repeatable, differences, origin_of
-from .store import INDEX, read_index, shard_path, write_index, write_shard
+from .store import INDEX, shard_path, write_index, write_shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ORIGIN = "origin.json"
 # Files of a size that reads and copies well.
 _SHARD_BYTES = 256 * 2**20
 
@@ -64,8 +66,8 @@ def compute_cache(
     check_frozen(backbone, preprocessor)
     origin = origin_of(cfg, loader_cfg["dataset"], backbone, dtype)
     origin = json.loads(json.dumps(origin))  # tuples become lists, as in the file
+    _check_same(folder, origin)
     if (folder / INDEX).is_file():
-        _check_same(folder, origin)
         return [f"features of {len(dataset)} samples from {folder}"], dict(dataset.metainfo)
     check_repeatable(dataset, loader_cfg["dataset"].get("pipeline", []))
     worker = _Worker(backbone, preprocessor, dataset, training, DTYPES[dtype])
@@ -81,7 +83,7 @@ def compute_cache(
             write_shard(path, (worker.sample(i) for i in range(number * per_shard, stop)))
     barrier()
     if get_rank() == 0:
-        write_index(folder, origin, len(dataset), per_shard)
+        write_index(folder, len(dataset), per_shard)
     barrier()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
     line = f"computed {description} into {folder}: {size:.2f} GiB, {dtype}"
@@ -134,27 +136,22 @@ def _samples_per_shard(sample: dict[str, Any], length: int) -> int:
     return max(1, min(length, _SHARD_BYTES // max(1, size(sample["inputs"]))))
 
 
-def _claim(folder: Path, origin: dict[str, Any]) -> None:
-    """Mark a folder as the place of this cache, so that another cannot mix with it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / "origin.json"
-    if mark.is_file():
-        changed = differences(json.loads(mark.read_text()), origin)
-        if changed:
-            raise ConfigError(_other(folder, changed))
-    elif get_rank() == 0:
-        mark.write_text(json.dumps(origin))
-    barrier()
-
-
 def _check_same(folder: Path, origin: dict[str, Any]) -> None:
-    changed = differences(read_index(folder)["origin"], origin)
+    """Refuse a folder that is the place of another cache, complete or begun."""
+    mark = folder / ORIGIN
+    changed = differences(json.loads(mark.read_text()), origin) if mark.is_file() else []
     if changed:
-        raise ConfigError(_other(folder, changed))
+        raise ConfigError(
+            f"feature cache: {folder} was made from something else: {', '.join(changed)} differ; "
+            "give another folder, or remove it"
+        )
 
 
-def _other(folder: Path, changed: list[str]) -> str:
-    return (
-        f"feature cache: {folder} was made from something else: {', '.join(changed)} differ; "
-        "give another folder, or remove it"
-    )
+def _claim(folder: Path, origin: dict[str, Any]) -> None:
+    """Mark a folder as the place of this cache."""
+    barrier()  # all ranks have looked
+    if get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / ORIGIN) as partial:
+            partial.write_text(json.dumps(origin, indent=2) + "\n")
+    barrier()

@@ -36,9 +36,9 @@ def write_shard(path: Path, samples: Iterable[Any]) -> None:
         save_file(tensors, partial)
 
 
-def write_index(folder: Path, origin: dict[str, Any], length: int, per_shard: int) -> None:
-    """Say that a cache is complete, and what it was made from."""
-    index = {"format_version": 1, "origin": origin, "length": length, "per_shard": per_shard}
+def write_index(folder: Path, length: int, per_shard: int) -> None:
+    """Say that a cache is complete."""
+    index = {"format_version": 1, "length": length, "per_shard": per_shard}
     with atomic_write(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=2) + "\n")
 
