@@ -5,11 +5,10 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from dinov3_mm.checkpoints.released import released_file
+from dinov3_mm.checkpoints.released import located
 from dinov3_mm.checkpoints.statistics import Statistics, find_statistics
 from dinov3_mm.engine.autoscale import RECORD
 from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.models.backbones.zoo import ZOO
 from dinov3_mm.models.pretraining.distillation_teacher import RANDOM
 from dinov3_mm.suggest import hint
 
@@ -227,12 +226,12 @@ def _locate(weights: str) -> str:
     path = Path(weights).expanduser()
     if path.exists():
         return str(path)
-    row = ZOO.get(weights) or next((r for r in ZOO.values() if r.official_name == weights), None)
-    if row is not None:
-        try:
-            return str(released_file(row))
-        except (FileNotFoundError, ValueError) as error:
-            raise ConfigError(f"--weights: {error}") from error
+    try:
+        found = located(weights)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"--weights: {error}") from error
+    if found != weights:
+        return str(found)
     if path.suffix or path.is_absolute():
         raise ConfigError(f"--weights: {path} does not exist")
     return weights
