@@ -9,8 +9,7 @@ import torch
 
 from dinov3_mm.checkpoints import export_backbone
 from dinov3_mm.engine import ConfigError
-from dinov3_mm.models.backbones import DINOv3ViT
-from tests.checkpoints.toys import redraw
+from tests.checkpoints.toys import quickstart_backbone
 from tests.hosts.lane import require_hosts
 
 require_hosts()
@@ -25,7 +24,6 @@ from dinov3_mm.apis.prediction import (  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "configs/quickstart"
 SIZE = (48, 80)
-ARCH = {"embed_dims": 96, "num_layers": 4, "num_heads": 3, "num_registers": 1}
 JOBS = {
     "classification": classify,
     "segmentation": segment,
@@ -36,10 +34,8 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    backbone = DINOv3ViT(arch=ARCH, patch_size=8, layer_scale_init_value=1.0)
-    backbone.init_weights()
     path = tmp_path_factory.mktemp("weights") / "toy.safetensors"
-    return export_backbone(redraw(backbone, 3), path)
+    return export_backbone(quickstart_backbone(), path)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,14 @@ def toy_backbone(seed: int = 0, **arguments) -> DINOv3ViT:
     return redraw(backbone, seed)
 
 
+def quickstart_backbone() -> DINOv3ViT:
+    """A backbone of the architecture in ``configs/_base_/backbones/quickstart.py``, redrawn."""
+    arch = {"embed_dims": 96, "num_layers": 4, "num_heads": 3, "num_registers": 1}
+    backbone = DINOv3ViT(arch=arch, patch_size=8, layer_scale_init_value=1.0)
+    backbone.init_weights()
+    return redraw(backbone, 3)
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a module's state, to prove later that nothing touched it."""
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}

@@ -13,15 +13,13 @@ import torch
 from mmengine.config import Config
 
 from dinov3_mm.checkpoints import export_backbone
-from dinov3_mm.models.backbones import DINOv3ViT
-from tests.checkpoints.toys import redraw
+from tests.checkpoints.toys import quickstart_backbone
 from tests.hosts.lane import require_hosts
 
 require_hosts()
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs/quickstart"
-ARCH = {"embed_dims": 96, "num_layers": 4, "num_heads": 3, "num_registers": 1}
 # Host and metric of each job; depth runs in mmseg.
 JOBS = {
     "classification": ("mmpretrain", "accuracy/top1"),
@@ -34,10 +32,8 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    backbone = DINOv3ViT(arch=ARCH, patch_size=8, layer_scale_init_value=1.0)
-    backbone.init_weights()
     path = tmp_path_factory.mktemp("weights") / "toy.safetensors"
-    return export_backbone(redraw(backbone, 3), path)
+    return export_backbone(quickstart_backbone(), path)
 
 
 def short(job: str, weights: Path, folder: Path) -> Path:
@@ -126,7 +122,5 @@ def predict(
         assert found.data.shape == (1, 96, 96)
     backbone = model.backbone.backbone if job == "mask2former" else model.backbone
     x = torch.randn(1, 3, 32, 32)
-    expected = redraw(
-        DINOv3ViT(arch=ARCH, patch_size=8, layer_scale_init_value=1.0), 3
-    ).forward_tokens(x)
+    expected = quickstart_backbone().forward_tokens(x)
     assert torch.equal(backbone.forward_tokens(x).patches, expected.patches)

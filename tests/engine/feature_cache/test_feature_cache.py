@@ -11,23 +11,19 @@ from dinov3_mm.checkpoints import export_backbone
 from dinov3_mm.checkpoints.run_checkpoint import read_run_checkpoint
 from dinov3_mm.engine import ConfigError, build_runner
 from dinov3_mm.engine.feature_cache import use_feature_cache
-from dinov3_mm.models.backbones import DINOv3ViT
-from tests.checkpoints.toys import redraw
+from tests.checkpoints.toys import quickstart_backbone
 from tests.hosts.lane import require_hosts
 
 require_hosts()
 
 CONFIGS = Path(__file__).parents[3] / "configs/quickstart"
-ARCH = {"embed_dims": 96, "num_layers": 4, "num_heads": 3, "num_registers": 1}
 HEADS = {"classification": "head", "segmentation": "decode_head"}
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    backbone = DINOv3ViT(arch=ARCH, patch_size=8, layer_scale_init_value=1.0)
-    backbone.init_weights()
     path = tmp_path_factory.mktemp("weights") / "toy.safetensors"
-    return str(export_backbone(redraw(backbone, 3), path))
+    return str(export_backbone(quickstart_backbone(), path))
 
 
 def config(job: str, weights: str, work_dir: Path) -> Config:
@@ -96,6 +92,8 @@ def test_random_steps_are_refused(weights, tmp_path):
     cfg.train_dataloader.dataset.pipeline.insert(1, dict(type="RandomFlip", prob=0.5))
     with pytest.raises(ConfigError, match=r"pipeline is random \(RandomFlip\)"):
         use_feature_cache(cfg, str(tmp_path / "cache"))
+    # The folder is still free for the mended config.
+    use_feature_cache(config("classification", weights, tmp_path), str(tmp_path / "cache"))
 
 
 def test_random_steps_by_another_name_are_noticed(weights, tmp_path):

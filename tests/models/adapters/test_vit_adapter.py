@@ -77,7 +77,9 @@ def test_recorded_vectors():
         assert_parity(outputs[index], tensors[f"out.f.{index + 1}"])
 
 
-@pytest.mark.skipif(COMPLETE is None, reason="DINOV3_MM_GOLDEN is not set")
+@pytest.mark.skipif(
+    COMPLETE is None, reason="needs the complete vectors; DINOV3_MM_GOLDEN names their folder"
+)
 def test_complete_recorded_vectors():
     tensors = load_file(Path(COMPLETE) / "heads_adapter.safetensors")
     arch = {**ARCH, "norm_layer": "layernormbf16", "num_registers": 4}

@@ -34,7 +34,9 @@ from dinov3_mm.models.segmentation.mask2former import (  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 COMPLETE = os.environ.get("DINOV3_MM_GOLDEN")
-needs_complete = pytest.mark.skipif(COMPLETE is None, reason="DINOV3_MM_GOLDEN is not set")
+needs_complete = pytest.mark.skipif(
+    COMPLETE is None, reason="needs the complete vectors; DINOV3_MM_GOLDEN names their folder"
+)
 SMALL = {
     "feat_channels": 64,
     "num_heads": 4,
