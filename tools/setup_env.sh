@@ -17,8 +17,8 @@ esac
 python=${PYTHON:-python3}
 "$python" - <<'CHECK' || exit 2
 import sys
-if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-    sys.exit(f"dinov3_mm needs Python 3.10 to 3.12, this is {sys.version.split()[0]}; "
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    sys.exit(f"dinov3_mm needs Python 3.11 to 3.13, this is {sys.version.split()[0]}; "
              "set PYTHON to another interpreter, for example PYTHON=python3.11")
 CHECK
 
