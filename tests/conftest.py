@@ -1,7 +1,9 @@
-"""Settings that every test shares: few threads, fixed seeds."""
+"""Settings that every test shares: few threads, fixed seeds, a compile cache of this run."""
 
 import logging
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +15,23 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """Compile into a folder of this run, which the processes of xdist and of tests inherit.
+
+    Kernels in the user's own cache may be of another processor setting.
+    """
+    if not hasattr(config, "workerinput"):  # a process of xdist has its parent's folder
+        config.compile_cache = tempfile.mkdtemp(prefix="dinov3_mm_compiled_")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compile_cache
+        os.environ["TRITON_CACHE_DIR"] = os.path.join(config.compile_cache, "triton")
+
+
+def pytest_unconfigure(config):
+    """Remove what this run compiled."""
+    if hasattr(config, "compile_cache"):
+        shutil.rmtree(config.compile_cache, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -33,3 +33,18 @@ def assert_parity(actual: torch.Tensor, expected: torch.Tensor, tolerance: float
         f"differs by {difference:.3e}, bar {tolerance * scale:.3e}"
     )
     return difference
+
+
+def assert_rounded_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Assert that bfloat16 values are the recorded ones but for a rare last place.
+
+    Where the exact value lies between two bfloat16, the last bit of the fp32 in front of the
+    rounding decides, and that one differs between processors.
+    """
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    difference = max_difference(actual, expected)
+    unit = 2.0**-7 * expected.double().abs().clamp_min(2.0**-7)
+    inside = (actual.double() - expected.double()).abs() <= unit
+    assert inside.all(), f"differs by {difference:.3e}, more than one unit in the last place"
+    share = (actual != expected).double().mean().item()
+    assert share <= 0.01, f"differs by a rounding in {share:.0%} of the values"

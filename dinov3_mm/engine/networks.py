@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.compiler import config as compiler_config
 
 from dinov3_mm.models.pretraining import DistillationTeachers
 
@@ -63,7 +65,20 @@ def compile_units(model: nn.Module, **options: Any) -> int:
     Returns:
         How many parts were compiled.
     """
+    _keep_instruction_sets_apart()
     units = [unit for backbone in backbones_of(model) for unit in units_of(backbone)]
     for unit in units:
         unit.compile(**options)
     return len(units)
+
+
+def _keep_instruction_sets_apart() -> None:
+    """Cache what is compiled for the processor at hand under its instruction set.
+
+    Inductor's cached C++ loops advance by the width of the vectors that they were written for, but
+    its key names GPUs only. In a home folder that several kinds of machines share, a graph for
+    AVX-512 would be loaded under AVX2 and write past the end of its tensors.
+    """
+    tag = f"cpu:{torch.backends.cpu.get_cpu_capability()}"
+    if tag not in compiler_config.cache_key_tag:
+        compiler_config.cache_key_tag += tag

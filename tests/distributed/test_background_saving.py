@@ -31,7 +31,7 @@ def toy(seed: int):
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
-    timeout = timedelta(seconds=60)  # messages that mixed would wait for ever
+    timeout = timedelta(minutes=10)  # messages that mixed would wait for ever
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, store=store, timeout=timeout)
     group = new_background_group()
     results = {

@@ -1,9 +1,10 @@
-"""Hooks that kill their own process in the worst moment, and one that records what was seen."""
+"""Hooks that kill or hold their own process in the worst moment, and one that records samples."""
 
 import io
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import safetensors.torch
@@ -31,6 +32,33 @@ class KillWhileSavingHook(Hook):
         if runner.iter + 1 == self.iteration and not flag.exists():
             flag.touch()
             torch.save = _write_half_and_die(torch.save)
+
+
+@HOOKS.register_module()
+class HoldHook(Hook):
+    """Holds the run after ``iteration`` until SIGUSR1 or SIGKILL comes, once per work folder.
+
+    ``held_<iteration>`` appears in the work folder as soon as the signal may come. So the test need
+    not be faster than the run.
+    """
+
+    priority = "LOWEST"
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Wait for the signal and hand it on to who listened before."""
+        flag = Path(runner.work_dir) / f"held_{self.iteration}"
+        if runner.iter + 1 != self.iteration or flag.exists():
+            return
+        signals = []
+        listener = signal.signal(signal.SIGUSR1, lambda *args: signals.append(args))
+        flag.touch()
+        while not signals:
+            time.sleep(0.01)
+        signal.signal(signal.SIGUSR1, listener)
+        listener(*signals[0])
 
 
 def _write_half_and_die(save):

@@ -18,7 +18,8 @@ def test_killed_twice(tmp_path):
     images = write_images(tmp_path / "images")
     cfg = toy_config(images, tmp_path / "killed", train_dataloader__num_workers=2)
     cfg.custom_imports = dict(imports=["tests.integration.kill_hook"])
-    cfg.custom_hooks = [*cfg.custom_hooks, dict(type="KillWhileSavingHook", iteration=6)]
+    kills = [dict(type="KillWhileSavingHook", iteration=6), dict(type="HoldHook", iteration=8)]
+    cfg.custom_hooks = [*cfg.custom_hooks, *kills]
     config = tmp_path / "killed.py"
     cfg.dump(config)
 
@@ -29,7 +30,8 @@ def test_killed_twice(tmp_path):
     assert list((tmp_path / "killed" / "checkpoints").glob(".*.partial"))
 
     run = start_training(config, "--resume")
-    kill_after(run, tmp_path / "killed", step=8)
+    kill_when_there(run, tmp_path / "killed" / "held_8")
+    assert 8 in read_trace(tmp_path / "killed")
     assert list(list_checkpoints(tmp_path / "killed"))[:2] == [3, 6]
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*.partial"))
 
@@ -39,10 +41,10 @@ def test_killed_twice(tmp_path):
     assert different_tensors(tmp_path / "killed", tmp_path / "straight", 12) == []
 
 
-def kill_after(run, work_dir, *, step: int) -> None:
-    """SIGKILL as soon as the log names ``step``."""
-    while run.poll() is None and step not in read_trace(work_dir):
-        time.sleep(0.001)
+def kill_when_there(run, flag) -> None:
+    """SIGKILL as soon as the file ``flag`` is there."""
+    while run.poll() is None and not flag.exists():
+        time.sleep(0.01)
     run.kill()
     run.communicate()
     assert run.returncode == -signal.SIGKILL

@@ -1,5 +1,8 @@
 """The DINOv3 ViTs of transformers and timm with the weights of one of our models."""
 
+from collections.abc import Callable
+
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,24 @@ def redraw(model: DINOv3ViT) -> DINOv3ViT:
         else:
             parameter.normal_()
     return model.eval()
+
+
+def assert_each_epsilon_matters(model: nn.Module, compare: Callable[[], None]) -> None:
+    """Assert that ``compare`` passes, and fails when a single norm has 1e-5 for 1e-6 or the other
+    way round.
+
+    Such a norm moves tokens of size one by 1e-9 to 1e-5, which the bar of fp32 lets pass: the
+    comparison must be one in double precision.
+    """
+    compare()
+    norms = [module for module in model.modules() if hasattr(module, "eps")]
+    assert norms
+    for norm in norms:
+        right = norm.eps
+        norm.eps = {1e-5: 1e-6, 1e-6: 1e-5}[right]
+        with pytest.raises(AssertionError, match="differs by"):
+            compare()
+        norm.eps = right
 
 
 def _linear(layer: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dinov3_mm.models.backbones import DINOv3ViT
 from dinov3_mm.models.layers import (
     LayerScale,
     MaskedKBiasLinear,
@@ -14,8 +15,10 @@ from dinov3_mm.models.layers import (
     feed_forward,
     rotation,
 )
-from tests.golden import load_golden
+from tests.dinov2_toys import all_tokens
+from tests.golden import assert_parity, load_golden
 from tests.parity.backbone_cases import build_from_recorded, check_golden
+from tests.parity.backbone_oracles import assert_each_epsilon_matters, redraw, to_transformers
 
 _TABLES, _COORDINATES = RotaryEmbedding2D._tables, RotaryEmbedding2D._coordinates
 
@@ -162,6 +165,22 @@ def test_wrong_epsilon_fails(norm, other):
         cls = model.forward_tokens(tensors["in.x"]).cls
     expected = tensors[f"out.feat_{norm}.x_norm_clstoken"]
     assert (cls - expected).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm_layer", ["layernormbf16", "layernorm"])
+def test_wrong_epsilon_of_one_norm_fails(norm_layer):
+    arch = {"embed_dims": 64, "num_layers": 3, "num_heads": 2, "norm_layer": norm_layer}
+    model = redraw(DINOv3ViT(arch=arch))
+    peer = to_transformers(model).double()
+    model.double()
+    image = torch.randn(2, 3, 48, 80, dtype=torch.double)
+
+    def compare():
+        # The tables of the rotation are fp32 in both: 3e-8 apart.
+        assert_parity(all_tokens(model, image), peer(image).last_hidden_state, 1e-7)
+
+    assert_each_epsilon_matters(model, compare)
 
 
 def test_wrong_rope_dtype_fails():

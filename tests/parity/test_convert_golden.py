@@ -14,7 +14,7 @@ from dinov3_mm.checkpoints import (
     to_timm,
 )
 from dinov3_mm.models.backbones import DINOv3ViT
-from tests.golden import assert_parity, load_golden
+from tests.golden import assert_parity, assert_rounded_alike, load_golden
 
 HF = ("hf_vit_mlp", "hf_vit_gated_noqkvbias")
 TIMM = ("timm_vit_mlp_qkvb", "timm_vit_swiglu_noqkvb")
@@ -113,7 +113,9 @@ def test_file_periods_are_the_bf16_rounded_ones_of_the_official_files(tmp_path):
     path = write_source(tmp_path, "hf_vit_mlp", description, source)
     checkpoint = load_weights(path)
     expected = official["rope_embed.periods"].bfloat16().float()
-    assert torch.equal(checkpoint.state_dict["rope_embed.periods"], expected)
+    periods = checkpoint.state_dict["rope_embed.periods"]
+    assert_rounded_alike(periods.bfloat16(), expected.bfloat16())
+    assert torch.equal(periods, periods.bfloat16().float())
     assert "periods made up (rounded to bf16)" in str(checkpoint.report)
     with pytest.raises(AssertionError, match="differs"):
         assert_outputs(build_backbone(path), tensors, tolerance=1e-5)

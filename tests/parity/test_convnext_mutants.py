@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinov3_mm.models.backbones import convnext
+from dinov3_mm.models.backbones import DINOv3ConvNeXt, convnext
 from dinov3_mm.models.layers import ConvNeXtBlock, LayerNorm, PatchConv2d, convnext_block
-from tests.golden import load_golden
+from tests.dinov2_toys import all_tokens
+from tests.golden import assert_parity, load_golden
+from tests.parity.backbone_oracles import assert_each_epsilon_matters, redraw
 from tests.parity.convnext_cases import build_from_recorded, check_golden
+from tests.parity.test_convnext_oracles import to_transformers
 
 
 def _tanh_gelu(monkeypatch):
@@ -131,6 +134,19 @@ def test_wrong_epsilon_fails(epsilon):
     check_golden("convnext_droppath", model)
     _apply(model, LayerNorm, lambda norm: setattr(norm, "eps", epsilon))
     _assert_fails(model, "convnext_droppath")
+
+
+@torch.no_grad()
+def test_wrong_epsilon_of_one_norm_fails():
+    arch = {"depths": [2, 1, 3, 2], "dims": [12, 20, 28, 36]}
+    model = redraw(DINOv3ConvNeXt(arch=arch))
+    peer = to_transformers(model).double()
+    model.double()
+    image = torch.randn(2, 3, 75, 101, dtype=torch.double)
+    assert_each_epsilon_matters(
+        model,
+        lambda: assert_parity(all_tokens(model, image), peer(image).last_hidden_state, 1e-12),
+    )
 
 
 def test_depth_without_linear_ramp_fails():

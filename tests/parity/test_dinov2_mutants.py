@@ -7,6 +7,7 @@ from dinov3_mm.models.backbones import DINOv2ViT, dinov2_vit
 from dinov3_mm.models.layers import FusedSwiGLU, LayerScale, feed_forward
 from tests.dinov2_toys import all_tokens, noise
 from tests.golden import assert_parity
+from tests.parity.backbone_oracles import assert_each_epsilon_matters
 from tests.parity.dinov2_oracles import GATED, hf_model, saved_and_built
 
 _PREFIX, _RESAMPLE = DINOv2ViT._prefix_tokens, dinov2_vit.resample_position_embedding
@@ -107,17 +108,15 @@ def test_mutant_fails(name, monkeypatch, tmp_path):
         compare(model, backbone, size)
 
 
-def test_wrong_epsilon_fails(tmp_path):
-    # Epsilon shows where tokens are small.
-    model = hf_model()
-    with torch.no_grad():
-        for parameter in model.embeddings.parameters():
-            parameter.mul_(1e-3)
-    backbone = saved_and_built(model, tmp_path)
-    compare(model, backbone, (16, 16))
-    for module in backbone.modules():
-        if hasattr(module, "eps"):
-            assert module.eps == 1e-6
-            module.eps = 1e-5
-    with pytest.raises(AssertionError, match="differs by"):
-        compare(model, backbone, (16, 16))
+@torch.no_grad()
+@pytest.mark.parametrize("options", [PLAIN, REGISTERS, GATED], ids=["plain", "registers", "gated"])
+def test_wrong_epsilon_of_one_norm_fails(options, tmp_path):
+    model = hf_model(**options)
+    backbone = saved_and_built(model, tmp_path).double()
+    model.double()
+    # At the trained grid, because transformers resamples positions in fp32.
+    images = noise(16, 16).double()
+    assert_each_epsilon_matters(
+        backbone,
+        lambda: assert_parity(all_tokens(backbone, images), model(images).last_hidden_state, 1e-12),
+    )

@@ -32,7 +32,7 @@ echo "$@" >> "$FAKE/steps"
 while [[ $1 == --* ]]; do shift; done
 export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 SLURM_STEP_TASKS_PER_NODE=1 SLURM_STEP_ID=0
 if (($(wc -l < "$FAKE/steps") == 1)); then
-    (until grep -qs '"step": 4' "$FAKE"/run/*/vis_data/scalars.json; do sleep 0.05; done
+    (until [[ -f $FAKE/run/held_4 ]]; do sleep 0.05; done
         kill -USR1 $PPID) &
 fi
 "$@" &
@@ -124,7 +124,9 @@ def test_a_job_near_its_limit_saves_and_is_requeued_to_the_end(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     cfg = toy_config(write_images(tmp_path / "images"), tmp_path / "run")
-    cfg.train_cfg.max_iters = 40
+    cfg.train_cfg.max_iters = 12
+    cfg.custom_imports = dict(imports=["tests.integration.kill_hook"])
+    cfg.custom_hooks.append(dict(type="HoldHook", iteration=4))
     cfg.default_hooks.checkpoint.interval = 1000
     cfg.dump(tmp_path / "toy.py")
     job = submit(
@@ -132,6 +134,7 @@ def test_a_job_near_its_limit_saves_and_is_requeued_to_the_end(tmp_path):
         GPUS="1",
         PATH=f"{programs}:{os.environ['PATH']}",
         FAKE=str(tmp_path),
+        PYTHONPATH=str(REPOSITORY),
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES="",
     )
@@ -141,6 +144,6 @@ def test_a_job_near_its_limit_saves_and_is_requeued_to_the_end(tmp_path):
     assert len(steps) == 2
     assert steps[0] == steps[1]
     stopped, end = list_checkpoints(tmp_path / "run")
-    assert 4 <= stopped < 40
-    assert end == 40
-    assert list(read_trace(tmp_path / "run")) == list(range(1, 41))
+    assert 4 <= stopped < 12
+    assert end == 12
+    assert list(read_trace(tmp_path / "run")) == list(range(1, 13))

@@ -97,7 +97,8 @@ def test_layers_and_registers():
         *first, registers, patches = graph(images)
         tokens = backbone.forward_tokens(images)
         expected = backbone.get_intermediate_layers(images, n=[0], return_extra_tokens=True)
-    assert torch.equal(first[1], expected[0][0]) and torch.equal(first[0], expected[0][1])
+    torch.testing.assert_close(first[1], expected[0][0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(first[0], expected[0][1], rtol=0, atol=1e-6)
     torch.testing.assert_close(registers, tokens.registers, rtol=0, atol=1e-6)
     torch.testing.assert_close(patches, tokens.patches, rtol=0, atol=1e-6)
 

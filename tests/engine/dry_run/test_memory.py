@@ -25,8 +25,7 @@ def test_peak_is_that_of_the_profiler(case):
     cfg = toy_config(global_batch_size=64, **CASES[case])
     peak = dry_run(cfg, 1, on_gpu=False).steps[0].peak
     measured = measured_peak(toy_config(global_batch_size=64, **CASES[case]))
-    # What operators allocate and free within themselves is not seen: little, and mostly in bf16.
-    assert 0.97 * measured <= peak.total <= 1.0005 * measured
+    assert 0.99 * measured <= peak.total <= 1.0005 * measured
 
 
 def test_ledger_books_views_once_and_forgets_what_is_freed():

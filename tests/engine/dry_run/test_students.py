@@ -94,7 +94,7 @@ def test_settings_of_one_student():
 def test_peak_is_that_of_the_profiler():
     peak = dry_run(two_students(global_batch_size=64), 1, on_gpu=False).steps[0].peak
     measured = measured_peak(two_students(global_batch_size=64))
-    assert 0.97 * measured <= peak.total <= 1.0005 * measured
+    assert 0.99 * measured <= peak.total <= 1.0005 * measured
 
 
 @pytest.mark.parametrize("world_size", [1, 4])

@@ -137,7 +137,7 @@ def test_add_readout_adds_cls_to_every_patch():
     ignoring.load_state_dict(head.state_dict())
     feats = random_levels()
     added = [(featmap + cls[..., None, None], cls) for featmap, cls in feats]
-    assert torch.equal(head(feats), ignoring(added))
+    torch.testing.assert_close(head(feats), ignoring(added))
 
 
 def test_pyramid_is_not_rescaled():
