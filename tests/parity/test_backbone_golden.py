@@ -161,8 +161,8 @@ def test_initialisation_draws_the_same_numbers(name):
     expected, state = state_dict_of(tensors, f"{name}."), model.state_dict()
     assert set(state) == set(expected)
     for key, value in state.items():
-        # Truncated normals pass through erfinv, whose last bits depend on the processor.
-        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=key)
+        # Logarithm, cosine and erfinv of the draws differ in their last bits between processors.
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-7, msg=key)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def test_initialisation_draws_in_the_official_order():
     assert set(state) == set(expected)
     for key, value in state.items():
         # The inverse error function differs by a rounding between processors.
-        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=key)
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-7, msg=key)
 
 
 @torch.no_grad()
