@@ -13,13 +13,15 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
+from mmengine.dist import all_gather_object
 from torch.distributed.device_mesh import DeviceMesh
 
 LAUNCHERS = ("none", "pytorch", "slurm")
@@ -87,6 +89,29 @@ def end_processes() -> None:
     for mesh in [found for found in gc.get_objects() if issubclass(type(found), DeviceMesh)]:
         getattr(mesh, "_pg_registry", {}).clear()
     dist.destroy_process_group()
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A context that all ranks enter, and that ends with an error on all of them or on none.
+
+    For what one rank does while the others go on to wait for it: writing, moving files. The body
+    must not communicate.
+
+    Raises:
+        RuntimeError: on the ranks where the body did not fail itself; with the other's message.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:  # the others must hear of whatever it is
+        error = caught
+    texts = all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise RuntimeError(f"rank {rank} failed: {text}")
 
 
 def find_placement(launcher: str, environment: Mapping[str, str]) -> Placement:
