@@ -46,9 +46,10 @@ def is_sharded_state(path: str | Path) -> bool:
 def save_sharded_state(
     folder: str | Path,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     state: dict,
     *,
+    own: tuple[str, dict] | None = None,
     background_group: dist.ProcessGroup | None = None,
 ) -> Future | None:
     """Write a checkpoint from all ranks; all must call this.
@@ -56,8 +57,9 @@ def save_sharded_state(
     Args:
         folder: target; it must not exist.
         model: the algorithm, unwrapped.
-        optimizer: its optimizer, with ``param_names`` in the groups.
+        optimizer: its optimizer, with ``param_names`` in the groups; None leaves its moments out.
         state: what is no tensor.
+        own: name and content of a file that this rank adds.
         background_group: ranks that write in the background, see :func:`new_background_group`:
             copy the tensors and return; :func:`finish` completes the checkpoint. None writes now.
 
@@ -74,7 +76,11 @@ def save_sharded_state(
     with failing_together():
         if is_main_process():
             write_training_state(partial / STATE_FILE, state)
-    tensors = {**_model_tensors(model), **_optimizer_tensors(optimizer)}
+        if own is not None:
+            write_training_state(partial / own[0], own[1])
+    tensors = _model_tensors(model)
+    if optimizer is not None:
+        tensors.update(_optimizer_tensors(optimizer))
     if background_group is not None:
         write = dcp.async_save(tensors, checkpoint_id=str(partial), process_group=background_group)
         # The first rank's write ends when those of all ranks have: nobody need be asked.
