@@ -87,7 +87,8 @@ def rope_note(stored: Tensor | None, trained: str | None, module: nn.Module) -> 
         return [f"RoPE computed in {here} as in the training of these weights (rope_dtype)"]
     return [
         f"RoPE computed in {here}, but in {trained} in the training of these weights, which "
-        f"changes features by a few 1e-3: rope_dtype={trained!r} on the backbone computes it as there"
+        f"changes features by a few 1e-3: rope_dtype={trained!r} on the backbone computes it as "
+        "there"
     ]
 
 

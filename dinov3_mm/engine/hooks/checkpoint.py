@@ -37,7 +37,8 @@ class PretrainCheckpointHook(Hook):
     ``FSDP2Strategy`` saves a folder of shards, ``checkpoints/iter_<n>``, instead of the file.
 
     A checkpoint gets its name only when it is complete, so a run that is killed at any moment
-    resumes from the last one. SIGTERM or SIGUSR1 saves at the end of the step and ends the run
+    resumes from the last one. A run that goes on from an older one, or starts anew in a used work
+    folder, first sets aside what is later: see :mod:`dinov3_mm.engine.runner.branches`. SIGTERM or SIGUSR1 saves at the end of the step and ends the run
     normally (with several processes within ten steps); the same command with ``--resume`` goes on.
 
     Args:

@@ -264,5 +264,6 @@ class CollapseGuardHook(Hook):
             f"and the features had lost their diversity: {values}. Lower the learning rate "
             "(a rule for batches of 1024 and more is too high for a small one), lengthen its "
             "warm-up, use fewer prototypes for a small data set, keep the KoLeo loss, or raise the "
-            "teacher's momentum; then start again from a checkpoint before the collapse."
+            "teacher's momentum; then go on from a checkpoint before the collapse with --resume "
+            "PATH, which sets the later ones aside."
         )
