@@ -38,8 +38,10 @@ class PretrainCheckpointHook(Hook):
 
     A checkpoint gets its name only when it is complete, so a run that is killed at any moment
     resumes from the last one. A run that goes on from an older one, or starts anew in a used work
-    folder, first sets aside what is later: see :mod:`dinov3_mm.engine.runner.branches`. SIGTERM or SIGUSR1 saves at the end of the step and ends the run
-    normally (with several processes within ten steps); the same command with ``--resume`` goes on.
+    folder, first sets aside what is later: see :mod:`dinov3_mm.engine.runner.branches`.
+
+    SIGTERM or SIGUSR1 saves at the end of the step and ends the run normally (with several
+    processes within ten steps); the same command with ``--resume`` goes on.
 
     Args:
         interval (int): Optimizer steps between checkpoints.
