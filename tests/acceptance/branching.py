@@ -26,14 +26,21 @@ from tests.acceptance.rank_parity import parity_config
 from tests.integration.toy_run import start_training, write_images
 from tests.integration.traces import different_tensors, read_shards, read_trace
 
+FIRST_RATE, SECOND_RATE = 2e-3, 1e-3
 KINDS = {"file": None, "ddp": 2, "shards": 2}
 
 
 def configure(images: Path, work_dir: Path, kind: str, iters: int, rate: float) -> Config:
-    """The run of the rank parity with eight checkpoints, all kept."""
+    """The run of the rank parity with eight checkpoints, all kept.
+
+    On the new branch of the old folder it stands still at three quarters, unless it starts there.
+    """
     cfg = parity_config(images, work_dir, iters)
     cfg.custom_hooks[0].lr.base = rate
     cfg.default_hooks.checkpoint.update(interval=iters // 8, max_to_keep=None)
+    if rate == SECOND_RATE and work_dir.name == "old":
+        cfg.custom_imports = dict(imports=["tests.integration.fault_hook"])
+        cfg.custom_hooks = [*cfg.custom_hooks, dict(type="WaitHook", iteration=iters * 3 // 4)]
     if kind == "shards":
         cfg.strategy = dict(type="FSDP2Strategy")
     return cfg
@@ -53,22 +60,17 @@ def run_to_end(config: Path, *arguments: str, ranks: int | None) -> str:
     return output
 
 
-def run_and_kill(config: Path, *arguments: str, ranks: int | None, work_dir: Path, step: int):
-    """SIGKILL to all processes of a run once the checkpoint of ``step`` has its name."""
+def run_and_kill(config: Path, *arguments: str, ranks: int | None, work_dir: Path) -> None:
+    """SIGKILL to all processes of a run once all of them stand still."""
     process = start_training(config, *arguments, ranks=ranks)
-    begun = time.time()
-    while process.poll() is None:
-        path = list_checkpoints(work_dir).get(step)
-        # That of the old branch has the same name.
-        if path is not None and path.stat().st_mtime > begun:
-            break
+    while process.poll() is None and len(list(work_dir.glob("waiting_*"))) < (ranks or 1):
         time.sleep(0.01)
     if process.poll() is None:
         for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
             each.kill()
     output, _ = process.communicate()
     if process.returncode != -signal.SIGKILL:
-        raise SystemExit(f"it ended before its checkpoint {step}: {output[-4000:]}")
+        raise SystemExit(f"it ended before it was killed: {output[-4000:]}")
 
 
 def branch(folder: Path, images: Path, kind: str, iters: int) -> bool:
@@ -80,17 +82,19 @@ def branch(folder: Path, images: Path, kind: str, iters: int) -> bool:
             configure(images, work_dir, kind, iters, rate), folder, f"{work_dir.name}_{rate}"
         )
         for work_dir in (old, new)
-        for rate in (2e-3, 1e-3)
+        for rate in (FIRST_RATE, SECOND_RATE)
     }
-    run_to_end(configs["old", 2e-3], ranks=ranks)
+    run_to_end(configs["old", FIRST_RATE], ranks=ranks)
     was = {step: path.name for step, path in list_checkpoints(old).items()}
     back = ["--resume", str(checkpoint_path(old, half, sharded=sharded))]
-    run_and_kill(configs["old", 1e-3], *back, ranks=ranks, work_dir=old, step=iters * 3 // 4)
-    run_to_end(configs["old", 1e-3], "--resume", ranks=ranks)
+    run_and_kill(configs["old", SECOND_RATE], *back, ranks=ranks, work_dir=old)
+    if max(list_checkpoints(old)) != iters * 3 // 4:
+        raise SystemExit(f"killed in iteration {iters * 3 // 4}, it has {[*list_checkpoints(old)]}")
+    run_to_end(configs["old", SECOND_RATE], "--resume", ranks=ranks)
     # The run that never knew the old branch.
     until = ["--cfg-options", f"train_cfg.max_iters={half}"]
-    run_to_end(configs["new", 2e-3], *until, ranks=ranks)
-    run_to_end(configs["new", 1e-3], "--resume", ranks=ranks)
+    run_to_end(configs["new", FIRST_RATE], *until, ranks=ranks)
+    run_to_end(configs["new", SECOND_RATE], "--resume", ranks=ranks)
     expected, actual = read_trace(new), read_trace(old)
     different = [step for step in range(1, iters + 1) if expected.get(step) != actual.get(step)]
     unequal = compare(old, new, iters, sharded=sharded)

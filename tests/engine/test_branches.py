@@ -3,10 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.engine.hooks import PretrainCheckpointHook
 from dinov3_mm.engine.runner import branches
 from dinov3_mm.engine.runner.branches import begin_branch, resume_point
 from dinov3_mm.engine.runner.files import (
@@ -196,3 +198,11 @@ def test_queued_again_after_going_on_from_the_newest_by_name(run, monkeypatch):
     new = write(checkpoint_path(run, 50), "checkpoint 50")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert resume_point(run, asked) == new
+
+
+def test_a_validation_beside_the_run_moves_nothing(run):
+    cfg = {"work_dir": str(run), "cfg": {}, "iter": 0, "train_loop": {"type": "PretrainLoop"}}
+    half = write(run / "checkpoints" / ".iter_00000050.pth.0a1b.partial", "being written")
+    PretrainCheckpointHook().before_run(SimpleNamespace(**cfg))
+    assert list(list_checkpoints(run)) == list(STEPS)
+    assert half.exists()

@@ -8,6 +8,7 @@ import torch
 from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop
 
 from dinov3_mm.engine.autoscale import RECORD
 from dinov3_mm.engine.runner.branches import begin_branch
@@ -88,6 +89,8 @@ class PretrainCheckpointHook(Hook):
 
         The checkpoint has been read by now: a run that cannot begin leaves everything as it is.
         """
+        if not isinstance(runner.train_loop, BaseLoop):
+            return  # a validation or test, perhaps beside the run that trains here
         with failing_together():
             if is_main_process():
                 for path in remove_partial_files(runner.work_dir):
