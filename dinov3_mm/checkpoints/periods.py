@@ -79,10 +79,8 @@ def rope_note(stored: Tensor | None, trained: str | None, module: nn.Module) -> 
         return []
     here = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[rope.dtype]
     if trained is None:
-        return [
-            f"RoPE computed in {here}; the released models compute it in fp32, the reference's "
-            "trainer in bf16 (rope_dtype of the backbone)"
-        ]
+        as_released = "as" if here == "fp32" else "not in fp32 as"
+        return [f"RoPE computed in {here}, {as_released} in the released models (rope_dtype)"]
     if trained == here:
         return [f"RoPE computed in {here} as in the training of these weights (rope_dtype)"]
     return [

@@ -297,9 +297,10 @@ def test_bf16_periods_without_heads_may_be_of_a_released_file(tmp_path, loads):
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     backbone = build_backbone(tmp_path / "weights.pth")
     assert backbone.rope_embed.dtype == torch.float32
+    assert loads[-1].endswith("; RoPE computed in fp32, as in the released models (rope_dtype)")
+    build_backbone(tmp_path / "weights.pth", rope_dtype="bf16")
     assert loads[-1].endswith(
-        "; RoPE computed in fp32; the released models compute it in fp32, the reference's trainer "
-        "in bf16 (rope_dtype of the backbone)"
+        "; RoPE computed in bf16, not in fp32 as in the released models (rope_dtype)"
     )
 
 
