@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import subprocess
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from dinov3_mm.engine.runner import launch
 from dinov3_mm.engine.runner.launch import (
     Placement,
     device_index,
@@ -24,6 +26,7 @@ from dinov3_mm.engine.runner.launch import (
     slurm_port,
     start_processes,
 )
+from dinov3_mm.engine.strategy import training_device
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -188,6 +191,33 @@ def test_device_of_a_process(monkeypatch, gpus, index):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert device_index(Placement(rank=3, world_size=4, local_rank=3, local_world_size=4)) == index
+
+
+def test_the_strategy_trains_on_the_one_visible_gpu(monkeypatch):
+    """MMEngine and the strategies take ``LOCAL_RANK`` for the index of the GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    launch._export(Placement(rank=3, world_size=4, local_rank=3, local_world_size=4))
+    assert training_device() == torch.device("cuda", 0)
+    assert (os.environ["RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("3", "4")
+
+
+def test_several_nodes_meet_at_the_first_without_scontrol(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    for name, value in dict(
+        SLURM_STEP_NODELIST="gpu[07-08]", SLURM_JOB_ID="5", SLURM_STEP_ID="0"
+    ).items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    two_nodes = Placement(rank=1, world_size=2, local_rank=0, local_world_size=1)
+    point = launch._meeting_point("slurm", two_nodes, timedelta(seconds=1))
+    assert point == {"init_method": "env://"}
+    assert os.environ["MASTER_ADDR"] == "gpu07"
+    assert os.environ["MASTER_PORT"] == str(slurm_port(os.environ))
 
 
 def test_too_few_devices(monkeypatch):
