@@ -4,7 +4,8 @@
 # Submits a batch job, one task per GPU, and returns; its output goes to WORK_DIR/slurm-<job>.out.
 # Before the time limit Slurm sends a signal: the run saves a checkpoint, ends, and is queued again
 # with the same arguments. The same holds for a preemption that requeues. --resume is always given,
-# so the job goes on from its newest checkpoint, or starts where there is none.
+# so the job goes on from its newest checkpoint, or starts where there is none. With --resume PATH
+# among ARGS it goes back to that checkpoint once: queued again, it goes on with its newest.
 #
 # Environment:
 #   GPUS (8), GPUS_PER_NODE (8, or GPUS if fewer), CPUS_PER_TASK (5)

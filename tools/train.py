@@ -19,9 +19,9 @@ from dinov3_mm.engine import (
     apply_options,
     build_runner,
     end_processes,
-    find_latest_checkpoint,
     parse_options,
     read_config,
+    resume_point,
     resume_stage,
     set_data,
     set_teacher,
@@ -50,7 +50,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         const=NEWEST,
         metavar="PATH",
         help="continue from a checkpoint; without PATH from the newest of the work folder, "
-        "or from the start if it has none",
+        "or from the start if it has none. An older PATH begins a new branch: what is later than "
+        "it in the work folder is set aside",
     )
     parser.add_argument(
         "--data",
@@ -136,18 +137,22 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.seed is not None:
         cfg.randomness = {**(cfg.get("randomness") or {}), "seed": args.seed}
     if args.resume is not None:
-        set_resume(cfg, None if args.resume == NEWEST else args.resume)
+        checkpoint = None if args.resume == NEWEST else args.resume
+        set_resume(cfg, checkpoint, is_stage=args.from_stage is not None)
     return cfg
 
 
-def set_resume(cfg: Config, checkpoint: str | None) -> None:
-    """Go on from a checkpoint, by default from the newest one of the work folder if it has one."""
+def set_resume(cfg: Config, checkpoint: str | None, *, is_stage: bool = False) -> None:
+    """Go on from a checkpoint, by default from the newest one of the work folder if it has one.
+
+    A stage (``is_stage``) that has no checkpoint yet starts from the stage before it.
+    """
     if is_host_config(cfg):  # MMEngine's runner has files of its own
         checkpoint = checkpoint or find_mmengine_checkpoint(cfg.work_dir)
         if checkpoint is not None:
             cfg.resume, cfg.load_from = True, str(checkpoint)
         return
-    checkpoint = checkpoint or find_latest_checkpoint(cfg.work_dir)
+    checkpoint = resume_point(cfg.work_dir, checkpoint, may_lie_elsewhere=not is_stage)
     if checkpoint is not None:
         cfg.resume, cfg.load_from = str(checkpoint), None
 

@@ -64,9 +64,12 @@ def build_backbone(
 
     Raises:
         FileNotFoundError: If there are no such weights.
-        TypeError: If the backbone has no such argument.
+        TypeError: If the backbone has no such argument, or for ``arch``, which a name and a file
+            have of their own.
         ValueError: If the name is unknown, or the weights cannot be read or do not fit.
     """
+    if "arch" in overrides:
+        raise TypeError(_refuse_arch(name_or_file, overrides["arch"]))
     options = {"periods": periods, "reset_bias_mask": reset_bias_mask}
     installing = {"allow_partial": allow_partial, "inflate": inflate}
     row = zoo_row(str(name_or_file))
@@ -86,6 +89,23 @@ def build_backbone(
         return adapter
     checkpoint = load_weights(name_or_file, **options)
     return build_from_checkpoint(checkpoint, checkpoint.arch, **installing, **overrides)
+
+
+def _refuse_arch(name_or_file: str | os.PathLike, arch: object) -> str:
+    """What to say to somebody who names an architecture beside what has one."""
+    row = zoo_row(os.fspath(name_or_file))
+    if row is not None:
+        return (
+            f"{name_or_file} is a name, which stands for an architecture ({row.backbone}, "
+            f"{row.arch!r}): leave arch={arch!r} out. An architecture of your own is built with "
+            f"MODELS.build(dict(type={row.backbone!r}, arch=...))"
+        )
+    return (
+        f"the architecture of {name_or_file} is read from the file itself: leave arch={arch!r} "
+        "out. To load it into the architecture of a name, use build_backbone(NAME, weights=FILE); "
+        "into one of your own, MODELS.build(dict(type='DINOv3ViT', arch=..., "
+        "init_cfg=dict(type='DINOv3Pretrained', checkpoint=FILE)))"
+    )
 
 
 def _check_file(name_or_file: str | os.PathLike) -> None:
@@ -140,6 +160,7 @@ def build_from_checkpoint(
 def _build(backbone: str, arch: str | dict[str, Any], overrides: dict[str, Any]) -> BaseModule:
     known = inspect.signature(MODELS.get(backbone)).parameters
     for key in overrides:
-        if key not in known or key == "arch":
+        if key not in known:
+            known = [name for name in known if name != "arch"]
             raise TypeError(f"{backbone} has no argument {key!r}; {hint(key, known)}")
     return MODELS.build(dict(type=backbone, arch=arch, **overrides))

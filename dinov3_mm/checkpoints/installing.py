@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from .inflation import check_rule, inflate_first_layer, inflation_hint
 from .loading import ForeignCheckpoint, load_weights
+from .periods import PERIODS_KEY, rope_note
 from .report import LoadReport, shortened
 from .sharding import shard_state
 from .unread import reading_for_shards
@@ -90,6 +91,8 @@ def install_weights(
     if any(differences.values()) and not (allow_partial and fitting):
         raise ValueError(_refusal(module, checkpoint, differences, state_dict, target))
     notes += _roundings(fitting, target)
+    trained = None if checkpoint.metadata else checkpoint.stated_arch.get("rope_dtype")
+    notes += rope_note(fitting.get(PERIODS_KEY), trained, module)
     module.load_state_dict(shard_state(fitting, target), strict=not allow_partial)
     report = replace(
         checkpoint.report,

@@ -13,6 +13,7 @@ from .conversion import ConversionRequest
 from .download import local_path
 from .layouts import Layout
 from .opening import open_checkpoint
+from .periods import PERIODS_KEY, trained_rope_dtype
 from .qkv_bias import reset_bias_masks
 from .released import check_released, located
 from .report import LoadReport
@@ -31,7 +32,8 @@ class ForeignCheckpoint:
         heads: tensors of the projection heads by head, if they were asked for:
             ``heads['dino_head']['mlp.0.weight']``.
         layout: whose names the file carries.
-        stated_arch: architecture values that the source states beside its tensors.
+        stated_arch: architecture values that the source states beside its tensors, or shows: the
+            RoPE precision of a training checkpoint.
         statistics: input normalisation, None if the source does not state it.
         metadata: what our own exports state in their header, else empty.
         report: what was found and done.
@@ -121,6 +123,11 @@ def _convert(
         notes.append(reset_bias_masks(conversion.state_dict))
     if selection.ignored:
         notes.append(f"ignored: {', '.join(selection.ignored)}")
+    stated = dict(opened.export.get("arch", conversion.arch))
+    if not opened.export:
+        stored = conversion.state_dict.get(PERIODS_KEY)
+        trained = trained_rope_dtype(stored, has_heads=bool(selection.heads))
+        stated.update({} if trained is None else {"rope_dtype": trained})
     statistics = find_statistics(path)
     report = LoadReport(
         source=str(path),
@@ -135,7 +142,7 @@ def _convert(
         conversion.state_dict,
         head_tensors,
         selection.layout,
-        opened.export.get("arch", conversion.arch),
+        stated,
         statistics,
         opened.export,
         report,

@@ -2,10 +2,14 @@
 
 The released official files hold periods that were rounded to bf16; Hugging Face and timm compute
 exact ones. With equal weights the features differ by a few 1e-3, so the choice is the user's.
+
+The precision in which RoPE is computed is another matter. The released models compute in fp32; the
+reference's trainer always computes in bf16, whatever its config says, and its checkpoints hold
+their periods in bf16 beside the projection heads. That, too, changes features by a few 1e-3.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.layers import RotaryEmbedding2D
 from .conversion import ConversionRequest
@@ -47,6 +51,43 @@ def recomputed_periods(stored: Tensor, request: ConversionRequest) -> Tensor:
             f"are not those of {rope}; use periods='file' to take them as stored"
         )
     return exact
+
+
+def trained_rope_dtype(stored: Tensor | None, *, has_heads: bool) -> str | None:
+    """``'bf16'`` where the tensors show that RoPE was computed so in training, else None.
+
+    Released files store bf16 periods too, but no projection heads.
+
+    Args:
+        stored: the periods as stored.
+        has_heads: whether projection heads lie beside the backbone.
+    """
+    is_narrow = stored is not None and stored.dtype == torch.bfloat16
+    return "bf16" if is_narrow and has_heads else None
+
+
+def rope_note(stored: Tensor | None, trained: str | None, module: nn.Module) -> list[str]:
+    """What a load line says about the precision of RoPE: nothing unless periods came in bf16.
+
+    Args:
+        stored: the periods that are loaded.
+        trained: see :func:`trained_rope_dtype`.
+        module: the backbone.
+    """
+    rope = getattr(module, "rope_embed", None)
+    if rope is None or stored is None or stored.dtype != torch.bfloat16:
+        return []
+    here = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[rope.dtype]
+    if trained is None:
+        as_released = "as" if here == "fp32" else "not in fp32 as"
+        return [f"RoPE computed in {here}, {as_released} in the released models (rope_dtype)"]
+    if trained == here:
+        return [f"RoPE computed in {here} as in the training of these weights (rope_dtype)"]
+    return [
+        f"RoPE computed in {here}, but in {trained} in the training of these weights, which "
+        f"changes features by a few 1e-3: rope_dtype={trained!r} on the backbone computes it as "
+        "there"
+    ]
 
 
 def _formula(request: ConversionRequest) -> dict[str, float | None]:

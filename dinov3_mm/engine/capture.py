@@ -1,4 +1,12 @@
-"""A training step as a file: what went into it, and running it again."""
+"""A training step as a file: what went into it, and running it again.
+
+Where ranks hold shards of the model, as a folder that all of them write::
+
+    iter_00000012/
+        state.pth                  which ranks had a loss that was not finite, seed, ranks in all
+        step_rank0.pth ...         what entered the model of each rank
+        .metadata, *.distcp        the model before the step, as in a training checkpoint
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,11 +14,15 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from dinov3_mm.engine.runner.files import remove
+from dinov3_mm.engine.runner.launch import failing_together
+from dinov3_mm.engine.runner.sharded_state import load_sharded_state, save_sharded_state
 from dinov3_mm.engine.runner.training_state import (
     load_model_state,
     read_training_state,
@@ -66,12 +78,66 @@ def write_capture(
     write_training_state(path, state)
 
 
+def write_sharded_capture(
+    folder: str | Path,
+    step: StepInputs,
+    model: nn.Module,
+    *,
+    rank: int,
+    bad_ranks: list[int],
+    **meta,
+) -> None:
+    """Write a step of a model in shards; all ranks must call this, nothing is gathered.
+
+    The moments of the optimizer are left out: a step that was skipped never came to them.
+
+    Args:
+        folder: Target folder; it appears when it is complete.
+        step: The step's inputs on this rank.
+        model: The algorithm, in the state before the step.
+        rank: This rank.
+        bad_ranks: Ranks whose loss was not finite.
+        **meta: Further plain values to keep (seed, ...).
+    """
+    about = {**meta, "iteration": step.iteration}
+    with failing_together():
+        if is_main_process() and Path(folder).exists():
+            remove(Path(folder))  # of the same step, before the run was resumed
+    save_sharded_state(
+        folder,
+        model,
+        None,
+        {"meta": {**about, "bad_ranks": bad_ranks}},
+        own=(_step_file(rank), {"meta": {**about, "rank": rank}, "step": vars(step)}),
+    )
+
+
+def captured_ranks(path: str | Path) -> list[int]:
+    """Ranks of a capture that are worth running again: those whose loss was not finite.
+
+    All ranks, if only a gradient was not finite, which is the same on every rank.
+
+    Raises:
+        FileNotFoundError: No such capture.
+        ValueError: The file is damaged or is no capture.
+    """
+    state = read_training_state(path)
+    if Path(path).is_dir():
+        return state["meta"].get("bad_ranks") or list(range(state["meta"]["world_size"]))
+    return [_checked(state, path)["meta"]["rank"]]
+
+
+def _step_file(rank: int) -> str:
+    return f"step_rank{rank}.pth"
+
+
 @dataclass
 class ReplayReport:
     """What a captured step did when it was run again.
 
     Attributes:
         iteration: Zero-based iteration of the step.
+        rank: Rank of the run whose micro batches these are.
         losses: Metrics of each micro batch.
         grad_norms: Gradient norm of each student sub-module over all micro batches.
         first_bad_module: Name of the first module, in order of execution, whose output was not
@@ -80,6 +146,7 @@ class ReplayReport:
     """
 
     iteration: int
+    rank: int
     losses: list[dict[str, float]]
     grad_norms: dict[str, float]
     first_bad_module: str | None
@@ -92,30 +159,44 @@ class ReplayReport:
         return bool(torch.tensor(values).isfinite().all())
 
 
-def replay_capture(path: str | Path, cfg: Config, device: str = "cpu") -> ReplayReport:
-    """Run the forward and backward pass of a captured step again.
+def replay_capture(
+    path: str | Path, cfg: Config, device: str = "cpu", *, rank: int | None = None
+) -> ReplayReport:
+    """Run the forward and backward pass of a captured step again, in one process.
 
     The numbers are those of the run when it was one process on the same kind of device. Of several
-    processes a capture holds one's micro batches, and losses that look at all processes' samples
-    see only these.
+    processes one's micro batches are run, and losses that look at all processes' samples see only
+    these.
 
     Args:
-        path: File of :class:`dinov3_mm.engine.hooks.NonFiniteGuardHook`.
+        path: File or folder of :class:`dinov3_mm.engine.hooks.NonFiniteGuardHook`.
         cfg: Config of the run.
         device: Where to run.
+        rank: Whose micro batches; by default of the first of :func:`captured_ranks`. A file holds
+            those of one rank.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is damaged, is no capture, or is of another model than ``cfg``.
+        ValueError: The file is damaged, is no capture, is of another model than ``cfg``, or does
+            not hold the rank.
     """
-    state = read_training_state(path)
-    if "step" not in state:
-        raise ValueError(f"{path} is a training checkpoint, not a capture of a step")
+    path = Path(path)
     model = MODELS.build(cfg.model)
-    load_model_state(model, state["state_dict"])
+    if path.is_dir():
+        rank, captured = _open_folder(path, rank)
+        load_sharded_state(path, model, None)
+    else:
+        captured = _checked(read_training_state(path), path)
+        if rank not in (None, captured["meta"]["rank"]):
+            raise ValueError(
+                f"{path} holds the step of rank {captured['meta']['rank']}, not of rank {rank}; "
+                "each rank whose loss was not finite has a file of its own"
+            )
+        rank = captured["meta"]["rank"]
+        load_model_state(model, captured["state_dict"])
     _load_distillation_teacher(model, cfg)
     model.to(device).train()
-    step = StepInputs(**state["step"])
+    step = StepInputs(**captured["step"])
     model.set_step(**step.step_values)
     torch.set_rng_state(step.rng["cpu"])
     if "cuda" in step.rng and torch.device(device).type == "cuda":
@@ -129,6 +210,7 @@ def replay_capture(path: str | Path, cfg: Config, device: str = "cpu") -> Replay
         losses.append({name: float(value) for name, value in metrics.items()})
     return ReplayReport(
         iteration=step.iteration,
+        rank=rank,
         losses=losses,
         grad_norms=_gradient_norms(model.student),
         first_bad_module=next(iter(bad_modules), None),
@@ -136,6 +218,23 @@ def replay_capture(path: str | Path, cfg: Config, device: str = "cpu") -> Replay
             name for name, param in model.student.named_parameters() if not param.isfinite().all()
         ],
     )
+
+
+def _checked(state: dict, path: Path | str) -> dict:
+    if "step" not in state:
+        raise ValueError(f"{path} is a training checkpoint, not a capture of a step")
+    return state
+
+
+def _open_folder(folder: Path, rank: int | None) -> tuple[int, dict]:
+    """A rank of a capture in shards, by default the first bad one, and what entered its model."""
+    rank = captured_ranks(folder)[0] if rank is None else rank
+    files = sorted(folder.glob("step_rank*.pth"))
+    if not files:
+        raise ValueError(f"{folder} is a training checkpoint, not a capture of a step")
+    if not (folder / _step_file(rank)).is_file():
+        raise ValueError(f"{folder} holds the ranks 0 to {len(files) - 1}, not rank {rank}")
+    return rank, read_training_state(folder / _step_file(rank))
 
 
 def _load_distillation_teacher(model: nn.Module, cfg: Config) -> None:

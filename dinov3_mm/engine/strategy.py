@@ -17,6 +17,7 @@ import dinov3_mm
 from dinov3_mm.datasets.randomness import torch_seed
 from dinov3_mm.engine.cuda_graphs import COMPILE_OPTIONS, check_device, mark_steps
 from dinov3_mm.engine.networks import backbones_of, compile_units
+from dinov3_mm.engine.runner.launch import failing_together
 from dinov3_mm.engine.runner.sharded_state import load_sharded_state
 from dinov3_mm.engine.runner.training_state import (
     load_model_state,
@@ -73,6 +74,8 @@ class PretrainStrategy(SingleDeviceStrategy):
 
     # Whether checkpoints are folders that all ranks write.
     saves_shards = False
+    # Whether one is still being written, in the background.
+    is_saving = False
 
     @property
     def unwrapped_model(self) -> nn.Module:
@@ -188,14 +191,16 @@ class PretrainStrategy(SingleDeviceStrategy):
 
         Raises:
             TypeError: If a hook added something that is neither a tensor nor a plain value.
+            RuntimeError: On the other ranks, when the main process could not write.
         """
         tensors, optimizer = self.gather_state()
-        if is_main_process():
-            state = self._plain_state(extra_ckpt)
-            state.update(state_dict=tensors, optimizer=optimizer)
-            if callback is not None:
-                callback(state)
-            write_training_state(filename, state)
+        with failing_together():
+            if is_main_process():
+                state = self._plain_state(extra_ckpt)
+                state.update(state_dict=tensors, optimizer=optimizer)
+                if callback is not None:
+                    callback(state)
+                write_training_state(filename, state)
 
     def _plain_state(self, extra_ckpt: dict | None) -> dict:
         """What a checkpoint holds beside tensors."""

@@ -78,6 +78,16 @@ def test_unknown_names_and_missing_files_are_told_apart(tmp_path):
         build_backbone(tmp_path / "weights.pth", weights=tmp_path / "other.pth")
 
 
+def test_an_architecture_beside_a_file_or_a_name_is_refused(tmp_path):
+    torch.save(toy_backbone(1).state_dict(), tmp_path / "weights.pth")
+    match = r"weights\.pth is read from the file itself: leave arch='small' out\. To load it into"
+    with pytest.raises(TypeError, match=match):
+        build_backbone(tmp_path / "weights.pth", arch="small")
+    match = r"dinov3_vits16 is a name, which stands for an architecture \(DINOv3ViT, 'small'\)"
+    with pytest.raises(TypeError, match=match):
+        build_backbone("dinov3_vits16", arch=TOY_ARCH)
+
+
 def initialised(checkpoint, **options):
     init_cfg = {"type": "DINOv3Pretrained", "checkpoint": str(checkpoint), **options}
     backbone = MODELS.build(

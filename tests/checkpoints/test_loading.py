@@ -17,6 +17,16 @@ def state():
     return tensors_of(toy_backbone(1))
 
 
+@pytest.fixture
+def loads(monkeypatch):
+    """Lines that were logged."""
+    lines = []
+    monkeypatch.setattr(
+        "dinov3_mm.checkpoints.installing.print_log", lambda line, logger: lines.append(line)
+    )
+    return lines
+
+
 def load_into(tmp_path, state, backbone=None, **options):
     """Load a state dict through a torch file; return the backbone and the report's line."""
     path = tmp_path / "weights.pth"
@@ -33,13 +43,9 @@ def assert_refused(tmp_path, state, message, backbone=None, **options):
     assert_same_tensors(backbone.state_dict(), before)
 
 
-def test_the_report_counts_and_names_the_source(tmp_path, state, monkeypatch):
-    logged = []
-    monkeypatch.setattr(
-        "dinov3_mm.checkpoints.installing.print_log", lambda line, logger: logged.append(line)
-    )
+def test_the_report_counts_and_names_the_source(tmp_path, state, loads):
     backbone, line = load_into(tmp_path, state)
-    assert logged == [line]
+    assert loads == [line]
     assert_same_tensors(backbone.state_dict(), state)
     assert line == (
         f"loaded {len(state)}/{len(state)} backbone tensors from official .pth "
@@ -253,3 +259,52 @@ def test_heads_that_are_not_there_are_an_error(tmp_path, state):
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="a backbone only"):
         load_weights(tmp_path / "weights.pth", heads=True)
+
+
+def training_checkpoint(path, rope_dtype="bf16"):
+    """A teacher checkpoint as the reference's trainer writes it, and its backbone."""
+    source = toy_backbone(1, rope_dtype=rope_dtype)
+    heads = {
+        f"{head}.{name}": torch.ones(4, 4)
+        for head in ("dino_head", "ibot_head")
+        for name in ("mlp.0.weight", "last_layer.weight")
+    }
+    backbone = {f"backbone.{name}": tensor for name, tensor in source.state_dict().items()}
+    torch.save({"teacher": {**backbone, **heads}}, path)
+    return source
+
+
+def test_training_checkpoints_compute_rope_as_their_trainer_did(tmp_path, loads):
+    source = training_checkpoint(tmp_path / "teacher_checkpoint.pth")
+    images = toy_images()
+    with torch.no_grad():
+        expected = source(images)[0]
+    backbone = build_backbone(tmp_path / "teacher_checkpoint.pth").requires_grad_(False)
+    assert torch.allclose(backbone(images)[0], expected, atol=1e-6)
+    assert loads[-1].endswith(
+        "; RoPE computed in bf16 as in the training of these weights (rope_dtype)"
+    )
+    exact = build_backbone(tmp_path / "teacher_checkpoint.pth", rope_dtype="fp32")
+    assert (exact(images)[0] - expected).abs().max() > 1e-4
+    assert loads[-1].endswith(
+        "; RoPE computed in fp32, but in bf16 in the training of these weights, which changes "
+        "features by a few 1e-3: rope_dtype='bf16' on the backbone computes it as there"
+    )
+
+
+def test_bf16_periods_without_heads_may_be_of_a_released_file(tmp_path, loads):
+    source = training_checkpoint(tmp_path / "teacher_checkpoint.pth")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    backbone = build_backbone(tmp_path / "weights.pth")
+    assert backbone.rope_embed.dtype == torch.float32
+    assert loads[-1].endswith("; RoPE computed in fp32, as in the released models (rope_dtype)")
+    build_backbone(tmp_path / "weights.pth", rope_dtype="bf16")
+    assert loads[-1].endswith(
+        "; RoPE computed in bf16, not in fp32 as in the released models (rope_dtype)"
+    )
+
+
+def test_the_line_of_periods_in_fp32_says_nothing_of_precision(tmp_path, loads):
+    training_checkpoint(tmp_path / "teacher_checkpoint.pth", rope_dtype="fp32")
+    assert build_backbone(tmp_path / "teacher_checkpoint.pth").rope_embed.dtype == torch.float32
+    assert "RoPE" not in loads[-1]

@@ -1,7 +1,10 @@
 """Checkpoints written in the background while two gloo ranks go on communicating."""
 
+import signal
+import time
 from datetime import timedelta
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,14 +12,18 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from dinov3_mm.engine.runner.files import checkpoint_path, list_checkpoints
 from dinov3_mm.engine.runner.sharded_state import (
     finish,
     load_sharded_state,
     new_background_group,
     save_sharded_state,
 )
+from tests.acceptance.rank_parity import parity_config
 from tests.engine.optim.models import ToyModel
 from tests.engine.optim.test_constructor import build
+from tests.integration.toy_run import start_training, write_images
+from tests.integration.traces import read_shards
 
 WORLD, SAVES, MESSAGES = 2, 5, 200
 
@@ -86,3 +93,31 @@ def test_the_group_is_one_that_a_thread_may_use_beside_nccl(results):
 
 def test_one_process_needs_no_group():
     assert new_background_group() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_kill_after_the_write_loses_nothing(tmp_path, ranks):
+    """The checkpoint has its name without another save, and holds everything."""
+    work_dir = tmp_path / "run"
+    cfg = parity_config(write_images(tmp_path / "images"), work_dir, iters=100)
+    cfg.strategy = dict(type="FSDP2Strategy", save_in_background=True)
+    cfg.default_hooks.checkpoint.update(interval=2, export=False)
+    cfg.custom_imports = dict(imports=["tests.integration.fault_hook"])
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(type="WaitHook", iteration=2)]
+    cfg.dump(tmp_path / "toy.py")
+    run = start_training(tmp_path / "toy.py", ranks=ranks)
+    while run.poll() is None and len(list(work_dir.glob("waiting_*"))) < (ranks or 1):
+        time.sleep(0.05)
+    waited_until = time.monotonic() + 60  # all ranks stand still: only the write goes on
+    while not list_checkpoints(work_dir) and time.monotonic() < waited_until:
+        time.sleep(0.05)
+    if run.poll() is None:
+        for process in [run, *psutil.Process(run.pid).children(recursive=True)]:
+            process.kill()
+    output, _ = run.communicate()
+    assert run.returncode == -signal.SIGKILL, output
+    assert list(list_checkpoints(work_dir)) == [2]
+    tensors = read_shards(checkpoint_path(work_dir, 2, sharded=True))
+    assert {name.split(".")[0] for name in tensors} == {"model", "optimizer"}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())

@@ -46,7 +46,8 @@ class FSDP2Strategy(PretrainStrategy):
             the other strategies, gathered in the main memory of the first rank. Either is resumed
             by any strategy on any number of ranks.
         save_in_background (bool): Go on training while a sharded checkpoint is written, on GPUs
-            too. Needs main memory for a copy of this rank's shards.
+            too; it has its name as soon as all ranks have written. Needs main memory for a copy of
+            this rank's shards.
         **kwargs: See :class:`mmengine._strategy.BaseStrategy`.
 
     Raises:
@@ -173,9 +174,14 @@ class FSDP2Strategy(PretrainStrategy):
 
     def finish_saving(self) -> None:
         """Wait for the checkpoint that is still being written, if any."""
-        if self._pending is not None:
-            finish(*self._pending)
-            self._pending = None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            finish(*pending)
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written in the background, or was and nobody waited."""
+        return self._pending is not None
 
     def gather_state(self) -> tuple[dict, dict]:
         """Whole tensors on the CPU of the first rank, one gathered at a time; all ranks call it."""

@@ -8,16 +8,18 @@ import torch
 from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop
 
-from dinov3_mm.checkpoints.io import atomic_write
 from dinov3_mm.engine.autoscale import RECORD
+from dinov3_mm.engine.runner.branches import begin_branch
 from dinov3_mm.engine.runner.files import (
     checkpoint_path,
-    find_latest_checkpoint,
     list_checkpoints,
+    record_latest,
     remove,
     remove_partial_files,
 )
+from dinov3_mm.engine.runner.launch import failing_together
 from dinov3_mm.engine.runner.retention import surplus
 
 from .export import export_teacher, remove_surplus_exports
@@ -36,8 +38,11 @@ class PretrainCheckpointHook(Hook):
     ``FSDP2Strategy`` saves a folder of shards, ``checkpoints/iter_<n>``, instead of the file.
 
     A checkpoint gets its name only when it is complete, so a run that is killed at any moment
-    resumes from the last one. SIGTERM or SIGUSR1 saves at the end of the step and ends the run
-    normally (with several processes within ten steps); the same command with ``--resume`` goes on.
+    resumes from the last one. A run that goes on from an older one, or starts anew in a used work
+    folder, first sets aside what is later: see :mod:`dinov3_mm.engine.runner.branches`.
+
+    SIGTERM or SIGUSR1 saves at the end of the step and ends the run normally (with several
+    processes within ten steps); the same command with ``--resume`` goes on.
 
     Args:
         interval (int): Optimizer steps between checkpoints.
@@ -80,10 +85,19 @@ class PretrainCheckpointHook(Hook):
         self._previous_handlers: dict[signal.Signals, object] = {}
 
     def before_run(self, runner) -> None:
-        """Remove what a killed run left half-written."""
-        if is_main_process():
-            for path in remove_partial_files(runner.work_dir):
-                runner.logger.warning(f"removed {path}, left half-written by a killed run")
+        """Remove what a killed run left half-written, set aside what this run does not go on from.
+
+        The checkpoint has been read by now: a run that cannot begin leaves everything as it is.
+        """
+        if not isinstance(runner.train_loop, BaseLoop):
+            return  # a validation or test, perhaps beside the run that trains here
+        with failing_together():
+            if is_main_process():
+                for path in remove_partial_files(runner.work_dir):
+                    runner.logger.warning(f"removed {path}, left half-written by a killed run")
+                line = begin_branch(runner.work_dir, runner.iter, _origin(runner))
+                if line is not None:
+                    runner.logger.warning(line)
 
     def before_train(self, runner) -> None:
         """Listen for the scheduler; only a main thread can."""
@@ -108,6 +122,7 @@ class PretrainCheckpointHook(Hook):
     def after_train(self, runner) -> None:
         """Wait for a checkpoint that is being written; give the signals back."""
         runner.strategy.finish_saving()
+        self._tidy(runner)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}
@@ -136,12 +151,24 @@ class PretrainCheckpointHook(Hook):
         if self.export:
             export_teacher(runner, done)
             remove_surplus_exports(runner, self.max_to_keep, self.keep_every)
-        if is_main_process():
-            # MMEngine's own tools find the newest checkpoint by this file.
-            with atomic_write(Path(runner.work_dir) / "last_checkpoint") as partial:
-                partial.write_text(str(find_latest_checkpoint(runner.work_dir) or path))
-            for old in surplus(
-                list_checkpoints(runner.work_dir), self.max_to_keep, self.keep_every
-            ):
-                remove(old)
-            runner.logger.info(f"saved {path}")
+        self._tidy(runner)
+        how = " (in the background)" if runner.strategy.is_saving else ""
+        runner.logger.info(f"saved {path}{how}")
+
+    def _tidy(self, runner) -> None:
+        """Record the newest complete checkpoint and delete those that are not kept."""
+        with failing_together():
+            if is_main_process():
+                record_latest(runner.work_dir)
+                for old in surplus(
+                    list_checkpoints(runner.work_dir), self.max_to_keep, self.keep_every
+                ):
+                    remove(old)
+
+
+def _origin(runner) -> str | Path | None:
+    """The checkpoint that the run was resumed from, None if it starts anew."""
+    resume = runner.cfg.get("resume")
+    if isinstance(resume, str) or not resume:
+        return resume or None
+    return runner.cfg.get("load_from") or list_checkpoints(runner.work_dir).get(runner.iter)

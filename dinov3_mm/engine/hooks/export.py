@@ -1,7 +1,5 @@
 """The teacher's backbone as a file for users: safetensors plus JSON, nothing of the training."""
 
-import os
-import shutil
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -10,8 +8,12 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from dinov3_mm.checkpoints import export_backbone
-from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX, atomic_write
-from dinov3_mm.engine.runner.files import export_path, list_exports, remove
+from dinov3_mm.engine.runner.files import (
+    export_path,
+    list_exports,
+    point_latest_to,
+    remove,
+)
 from dinov3_mm.engine.runner.retention import surplus
 from dinov3_mm.engine.strategy import library_versions
 from dinov3_mm.engine.students.view import StudentRunner, student_runners
@@ -84,23 +86,8 @@ def _export(runner, iteration: int) -> Path:
     metadata = {"statistics": {"mean": mean, "std": std}, "provenance": provenance}
     path = export_backbone(model.teacher_backbone, path, metadata)
     if is_main_process():
-        _point_latest_to(path)
+        point_latest_to(path)
     return path
-
-
-def _point_latest_to(path: Path) -> None:
-    """Make ``teacher_latest`` the export at ``path``, and nothing else."""
-    latest = path.with_name("teacher_latest")
-    _replace_by_copy(path.with_suffix(".json"), latest.with_suffix(".json"))
-    if path.is_dir():
-        link = latest.with_name(f".{latest.name}{PARTIAL_SUFFIX}")
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        os.replace(link, latest)
-        latest.with_suffix(".safetensors").unlink(missing_ok=True)
-    else:
-        _replace_by_copy(path, latest.with_suffix(".safetensors"))
-        latest.unlink(missing_ok=True)
 
 
 def remove_surplus_exports(runner, max_to_keep: int | None, keep_every: int | None = None) -> None:
@@ -117,12 +104,3 @@ def place_of_exports(runner) -> tuple[str, str | None]:
     if isinstance(runner, StudentRunner):
         return runner.run_dir, runner.student_name
     return runner.work_dir, None
-
-
-def _replace_by_copy(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``: a second name, or a copy where links fail."""
-    with atomic_write(target) as partial:
-        try:
-            os.link(source, partial)
-        except OSError:
-            shutil.copyfile(source, partial)

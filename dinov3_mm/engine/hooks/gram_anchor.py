@@ -16,7 +16,8 @@ class GramAnchorHook(Hook):
     The model's ``gram`` config says what the teacher is:
 
     - ``teacher='frozen'``: a backbone of its own, read from ``checkpoint``, or copied from the EMA
-      teacher before iteration ``load_ema_at`` (the weight is 0 until then), or both; with
+      teacher before iteration ``load_ema_at`` (the weight is 0 until then), or both; with neither
+      the weights that the model came with (``model.load_gram_teacher``, ``load_from``). With
       ``rep_update`` it is replaced by the EMA teacher from time to time. The data must have crops
       for it (``gram_size`` of the multi-crop transform).
     - ``teacher='ema'``: the EMA teacher of the moment, on the student's own crops; none of the
@@ -100,9 +101,13 @@ class GramAnchorHook(Hook):
             runner.logger.info("Gram teacher: as in the checkpoint that the run was resumed from")
             return
         if self.checkpoint is None and self.load_ema_at < 0:
+            if self.model.gram_teacher_ready:
+                runner.logger.info("Gram teacher: the weights that the model came with")
+                return
             raise ValueError(
                 "gram teacher='frozen' needs weights: give GramAnchorHook checkpoint=FILE (e.g. a "
-                "teacher export) or load_ema_at=ITERATION"
+                "teacher export) or load_ema_at=ITERATION, or call model.load_gram_teacher(FILE) "
+                "before training"
             )
         if self.load_ema_at >= runner.max_iters:
             raise ValueError(

@@ -9,8 +9,14 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from dinov3_mm.engine.capture import StepInputs, random_state, write_capture
+from dinov3_mm.engine.capture import (
+    StepInputs,
+    random_state,
+    write_capture,
+    write_sharded_capture,
+)
 
 DIVERSITY = ("feature_rank", "cls_spread")
 
@@ -45,7 +51,8 @@ class NonFiniteGuardHook(Hook):
 
     The optimizer wrapper skips such steps; this hook warns, and writes
     ``work_dir/captures/iter_<n>.pt`` (with several processes ``iter_<n>_rank<r>.pt`` of those whose
-    loss was bad), which ``tools/replay_capture.py`` runs again. On CUDA the flag is read just
+    loss was bad; of a model in shards a folder ``iter_<n>`` from all processes), which
+    ``tools/replay_capture.py`` runs again. On CUDA the flag is read just
     before the next step changes anything, so the host never waits for the device.
 
     Args:
@@ -123,7 +130,7 @@ class NonFiniteGuardHook(Hook):
         step.outputs = {name: float(value) for name, value in step.outputs.items()}
         is_loss_bad = not math.isfinite(step.outputs["loss"])
         bad_ranks = [rank for rank, bad in enumerate(all_gather_object(is_loss_bad)) if bad]
-        place = self._capture(runner, model, step, bad_ranks or [0])
+        place = self._capture(runner, model, step, bad_ranks)
         cause = f"loss on rank(s) {bad_ranks}" if bad_ranks else "gradient, with finite losses"
         runner.logger.warning(
             f"iteration {step.iteration}: non-finite {cause}; the step was skipped "
@@ -137,29 +144,25 @@ class NonFiniteGuardHook(Hook):
                 "rate or lengthen its warm-up and resume from the last checkpoint."
             )
 
-    def _capture(self, runner, model, step: StepInputs, ranks: list[int]) -> str:
-        """Write the step on the given ranks and say where it is."""
+    def _capture(self, runner, model, step: StepInputs, bad_ranks: list[int]) -> str:
+        """Write the step and say where it is; all ranks come here, for they skip together."""
         if self._num_captures >= self.max_captures:
             return f"Not captured: {self.max_captures} captures were written already."
         self._num_captures += 1
         folder = Path(runner.work_dir) / "captures"
-        names = {
-            rank: f"iter_{step.iteration:08d}" + (f"_rank{rank}" if runner.world_size > 1 else "")
-            for rank in ranks
-        }
+        name = f"iter_{step.iteration:08d}"
+        about = {"seed": runner.seed, "rank": runner.rank, "world_size": runner.world_size}
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            # A rank has a shard of every parameter: whoever is bad, all are needed.
+            write_sharded_capture(folder / name, step, model, bad_ranks=bad_ranks, **about)
+            return f"Captured in {folder}/{name}: run it again with tools/replay_capture.py."
+        ranks = bad_ranks or [0]
+        several = runner.world_size > 1
+        names = {rank: f"{name}_rank{rank}.pt" if several else f"{name}.pt" for rank in ranks}
         if runner.rank in names:
-            write_capture(
-                folder / f"{names[runner.rank]}.pt",
-                step,
-                model,
-                runner.optim_wrapper,
-                seed=runner.seed,
-                rank=runner.rank,
-                world_size=runner.world_size,
-            )
-        return (
-            f"Captured in {folder}/{names[ranks[0]]}.pt: run it again with tools/replay_capture.py."
-        )
+            path = folder / names[runner.rank]
+            write_capture(path, step, model, runner.optim_wrapper, **about)
+        return f"Captured in {folder}/{names[ranks[0]]}: run it again with tools/replay_capture.py."
 
 
 @HOOKS.register_module()
@@ -261,5 +264,6 @@ class CollapseGuardHook(Hook):
             f"and the features had lost their diversity: {values}. Lower the learning rate "
             "(a rule for batches of 1024 and more is too high for a small one), lengthen its "
             "warm-up, use fewer prototypes for a small data set, keep the KoLeo loss, or raise the "
-            "teacher's momentum; then start again from a checkpoint before the collapse."
+            "teacher's momentum; then go on from a checkpoint before the collapse with --resume "
+            "PATH, which sets the later ones aside."
         )

@@ -1,5 +1,6 @@
 """Launching, run files and the checkpoint format."""
 
+from dinov3_mm.engine.runner.branches import resume_point
 from dinov3_mm.engine.runner.files import find_latest_checkpoint
 from dinov3_mm.engine.runner.launch import LAUNCHERS, end_processes, start_processes
 from dinov3_mm.engine.runner.training_state import read_training_state, write_training_state
@@ -9,6 +10,7 @@ __all__ = [
     "end_processes",
     "find_latest_checkpoint",
     "read_training_state",
+    "resume_point",
     "start_processes",
     "write_training_state",
 ]

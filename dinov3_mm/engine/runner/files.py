@@ -7,26 +7,72 @@
     work_dir/exports/iter_00001000_teacher.safetensors + .json    the teacher backbone, for users
     work_dir/exports/teacher_latest.safetensors + .json           the newest of them
     work_dir/exports/NAME/...                       the same of each student of several
+    work_dir/last_checkpoint                        path of the newest checkpoint, for MMEngine
+    work_dir/branch.json, abandoned/...             where the run went back, and what it left:
+                                                    see :mod:`dinov3_mm.engine.runner.branches`
 
 An export that is too large for one file is a folder of the same name without suffix, and
 ``teacher_latest`` a link to it.
 """
 
+import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX
+from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX, atomic_write
 
 _CHECKPOINT = re.compile(r"iter_(\d{8,})(?:\.pth)?")
 _EXPORT = re.compile(r"iter_(\d{8,})_teacher(?:\.safetensors)?")
+_LATEST = "teacher_latest"
+
+BRANCH_FILE = "branch.json"
+ABANDONED = "abandoned"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a run left the line of checkpoints in its work folder.
+
+    Attributes:
+        iteration: optimizer steps done there.
+        origin: its checkpoint, relative to the work folder if it lies there; None for a run that
+            started anew.
+        job: Slurm's number of the job that went back.
+        folder: where the later files were set aside, relative to the work folder; None: there were
+            none.
+        is_settled: whether all of them have been moved.
+    """
+
+    iteration: int
+    origin: str | None
+    job: str | None
+    folder: str | None
+    is_settled: bool = True
+
+    def origin_in(self, work_dir: str | Path) -> Path:
+        """Path of the checkpoint."""
+        return Path(work_dir) / self.origin
+
+
+def read_branch(work_dir: str | Path) -> Branch | None:
+    """The record of the newest branch, if the run ever went back."""
+    path = Path(work_dir) / BRANCH_FILE
+    return Branch(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def checkpoints_folder(work_dir: str | Path) -> Path:
+    """Where the training checkpoints lie."""
+    return Path(work_dir) / "checkpoints"
 
 
 def checkpoint_path(work_dir: str | Path, iteration: int, *, sharded: bool = False) -> Path:
     """Checkpoint after ``iteration`` optimizer steps: a file, or a folder of shards."""
     suffix = "" if sharded else ".pth"
-    return Path(work_dir) / "checkpoints" / f"iter_{iteration:08d}{suffix}"
+    return checkpoints_folder(work_dir) / f"iter_{iteration:08d}{suffix}"
 
 
 def export_path(work_dir: str | Path, iteration: int, student: str | None = None) -> Path:
@@ -36,13 +82,13 @@ def export_path(work_dir: str | Path, iteration: int, student: str | None = None
 
 def latest_export_path(work_dir: str | Path, student: str | None = None) -> Path:
     """Copy of the newest teacher export, or the link to it where exports are folders."""
-    path = _exports(work_dir, student) / "teacher_latest.safetensors"
+    path = _exports(work_dir, student) / f"{_LATEST}.safetensors"
     return path.with_suffix("") if path.with_suffix("").is_dir() else path
 
 
 def list_checkpoints(work_dir: str | Path) -> dict[int, Path]:
     """Complete checkpoints by iteration, oldest first."""
-    return _numbered_files(Path(work_dir) / "checkpoints", _CHECKPOINT)
+    return _numbered_files(checkpoints_folder(work_dir), _CHECKPOINT)
 
 
 def list_exports(work_dir: str | Path, student: str | None = None) -> dict[int, Path]:
@@ -51,8 +97,50 @@ def list_exports(work_dir: str | Path, student: str | None = None) -> dict[int, 
 
 
 def find_latest_checkpoint(work_dir: str | Path) -> Path | None:
-    """Newest checkpoint; a file gets its final name only when it is complete."""
-    return next(reversed(list_checkpoints(work_dir).values()), None)
+    """Newest checkpoint of the run; a file gets its final name only when it is complete.
+
+    While the files of an abandoned branch are being set aside, which a kill may have interrupted,
+    those that are left of it do not count.
+    """
+    found = list_checkpoints(work_dir)
+    branch = read_branch(work_dir)
+    if branch is not None and not branch.is_settled:
+        is_inside = branch.origin is not None and not Path(branch.origin).is_absolute()
+        last = branch.iteration if is_inside else -1
+        found = {number: path for number, path in found.items() if number <= last}
+    return next(reversed(found.values()), None)
+
+
+def record_latest(work_dir: str | Path) -> None:
+    """Write ``last_checkpoint``, by which MMEngine's own tools find the newest checkpoint."""
+    newest = find_latest_checkpoint(work_dir)
+    path = Path(work_dir) / "last_checkpoint"
+    if newest is None:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_write(path) as partial:
+        partial.write_text(str(newest))
+
+
+def latest_files(folder: Path) -> list[Path]:
+    """What stands for the newest export in a folder of exports."""
+    names = (_LATEST, f"{_LATEST}.safetensors", f"{_LATEST}.json")
+    return [folder / name for name in names if os.path.lexists(folder / name)]
+
+
+def point_latest_to(path: Path) -> None:
+    """Make ``teacher_latest`` the export at ``path``, and nothing else."""
+    latest = path.with_name(_LATEST)
+    _replace_by_copy(path.with_suffix(".json"), latest.with_suffix(".json"))
+    if path.is_dir():
+        link = latest.with_name(f".{latest.name}{PARTIAL_SUFFIX}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, latest)
+        latest.with_suffix(".safetensors").unlink(missing_ok=True)
+    else:
+        _replace_by_copy(path, latest.with_suffix(".safetensors"))
+        latest.unlink(missing_ok=True)
 
 
 def remove_partial_files(work_dir: str | Path) -> list[Path]:
@@ -69,6 +157,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def _replace_by_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``: a second name, or a copy where links fail."""
+    with atomic_write(target) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
 
 
 def _exports(work_dir: str | Path, student: str | None) -> Path:

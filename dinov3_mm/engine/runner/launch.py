@@ -3,23 +3,28 @@
 MMEngine's own launcher selects a CUDA device even for gloo, so ranks without a GPU die in it. It
 leaves a process group that exists alone, so this one is made before the runner.
 
-On one node the ranks meet in a file and talk over the loopback interface: nothing listens to the
-network. Several nodes need ``MASTER_ADDR``, which torchrun and the Slurm branch below set.
+On one node nothing listens to the network: ranks talk over the loopback interface. torchrun's meet
+in a file that is named after their parent. Slurm's may run in containers, each with processes and
+temporary files of its own, so they meet at a port of the loopback interface that follows from job,
+step and restart. Several nodes meet at such a port of the first one; torchrun sets ``MASTER_ADDR``.
 """
 
 import datetime
 import gc
 import os
+import re
 import socket
-import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
+from mmengine.dist import all_gather_object
 from torch.distributed.device_mesh import DeviceMesh
 
 LAUNCHERS = ("none", "pytorch", "slurm")
@@ -54,20 +59,24 @@ def start_processes(launcher: str, *, timeout_s: float = 1800.0) -> int:
     Raises:
         ValueError: If the launcher is unknown, its environment is missing, or a node has fewer GPUs
             than processes.
+        RuntimeError: If the port at which Slurm's ranks meet is taken.
     """
     if launcher == "none":
         return 1
     placement = find_placement(launcher, os.environ)
     _export(placement)
     if torch.cuda.is_available():
-        _select_device(placement)
+        torch.cuda.set_device(device_index(placement))
+    timeout = datetime.timedelta(seconds=timeout_s)
     dist.init_process_group(
         backend="nccl" if torch.cuda.is_available() else "gloo",
         rank=placement.rank,
         world_size=placement.world_size,
-        timeout=datetime.timedelta(seconds=timeout_s),
-        **_meeting_point(placement),
+        timeout=timeout,
+        **_meeting_point(launcher, placement, timeout),
     )
+    if torch.cuda.is_available() and sees_one_of_several(placement):
+        refuse_shared_device(_own_device())
     return placement.world_size
 
 
@@ -87,6 +96,29 @@ def end_processes() -> None:
     for mesh in [found for found in gc.get_objects() if issubclass(type(found), DeviceMesh)]:
         getattr(mesh, "_pg_registry", {}).clear()
     dist.destroy_process_group()
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A context that all ranks enter, and that ends with an error on all of them or on none.
+
+    For what one rank does while the others go on to wait for it: writing, moving files. The body
+    must not communicate.
+
+    Raises:
+        RuntimeError: on the ranks where the body did not fail itself; with the other's message.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:  # the others must hear of whatever it is
+        error = caught
+    texts = all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise RuntimeError(f"rank {rank} failed: {text}")
 
 
 def find_placement(launcher: str, environment: Mapping[str, str]) -> Placement:
@@ -117,35 +149,136 @@ def _export(placement: Placement) -> None:
     """Set the variables that MMEngine and torch read on any launcher."""
     os.environ["RANK"] = str(placement.rank)
     os.environ["WORLD_SIZE"] = str(placement.world_size)
-    os.environ["LOCAL_RANK"] = str(placement.local_rank)
+    # Both take it for the index of this process's GPU.
+    os.environ["LOCAL_RANK"] = str(device_index(placement))
     os.environ["LOCAL_WORLD_SIZE"] = str(placement.local_world_size)
 
 
-def _select_device(placement: Placement) -> None:
-    gpus = torch.cuda.device_count()
-    if placement.local_world_size > gpus:
-        raise ValueError(
-            f"{placement.local_world_size} processes were started on a node with {gpus} GPU(s); "
-            "start at most one per GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES='') to train on CPU"
-        )
-    torch.cuda.set_device(placement.local_rank)
+def device_index(placement: Placement) -> int:
+    """Index of this process's GPU among those that it sees; without GPUs its place on the node.
+
+    Where a process sees one GPU (``srun --gpus-per-task=1``), that is its own.
+
+    Raises:
+        ValueError: If a process sees several GPUs, but fewer than there are processes.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
+    if gpus is None or placement.local_world_size <= gpus:
+        return placement.local_rank
+    if gpus == 1:
+        return 0
+    raise ValueError(_too_many(placement.local_world_size, gpus))
 
 
-def _meeting_point(placement: Placement) -> dict[str, object]:
+def sees_one_of_several(placement: Placement) -> bool:
+    """Whether this process sees one GPU and must trust that the others see others."""
+    return placement.local_world_size > 1 and torch.cuda.device_count() == 1
+
+
+def refuse_shared_device(own: str) -> None:
+    """Refuse processes that see the same GPU; all ranks must call this.
+
+    Args:
+        own: what names this process's GPU in the whole world.
+
+    Raises:
+        ValueError: on all ranks.
+    """
+    # NCCL would fail in its first message, without saying why.
+    group = dist.new_group(backend="gloo")
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own, group=group)
+    dist.destroy_process_group(group)
+    name, count = Counter(everyone).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{_too_many(count, 1)} (all of them see {name})")
+
+
+def _own_device() -> str:
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    return f"GPU {uuid} of {socket.gethostname()}"
+
+
+def _too_many(processes: int, gpus: int) -> str:
+    return (
+        f"{processes} processes were started on a node with {gpus} GPU(s); "
+        "start at most one per GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES='') to train on CPU"
+    )
+
+
+def _meeting_point(
+    launcher: str, placement: Placement, timeout: datetime.timedelta
+) -> dict[str, object]:
     """Arguments of ``init_process_group`` that say where the ranks find each other."""
     if placement.is_single_node:
         loopback = _loopback_interface()
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+        if launcher == "slurm":
+            return {"store": _loopback_store(placement, timeout)}
         return {"store": dist.FileStore(str(_store_file()), placement.world_size)}
-    if "MASTER_ADDR" not in os.environ:
-        nodes = os.environ["SLURM_STEP_NODELIST"]
-        names = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
-        os.environ["MASTER_ADDR"] = names.split()[0]
-        # Every rank of a step derives the same port; two steps of one node seldom share it.
-        job = int(os.environ["SLURM_JOB_ID"]) * 31 + int(os.environ["SLURM_STEP_ID"])
-        os.environ.setdefault("MASTER_PORT", str(20000 + job % 40000))
+    if launcher == "slurm":
+        if "MASTER_ADDR" not in os.environ:
+            # Containers seldom have scontrol, which would list the hosts.
+            os.environ["MASTER_ADDR"] = first_host(_slurm("SLURM_STEP_NODELIST"))
+        os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ)))
     return {"init_method": "env://"}
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a list as Slurm writes it: ``gpu[003-010,12],login1`` begins with gpu003.
+
+    Raises:
+        ValueError: If it is no such list.
+    """
+    match = re.match(r"(?:[^,\[\]]|\[\d+[^\]]*\])+", nodes)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} is no list of hosts; set MASTER_ADDR")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
+
+
+def slurm_port(environment: Mapping[str, str]) -> int:
+    """Port at which the ranks of a job step meet, below those that systems give away themselves.
+
+    Job, step and restart (``SLURM_JOB_ID``, ``SLURM_STEP_ID``, ``SLURM_RESTART_COUNT``) settle it:
+    jobs and steps that share a node have others.
+    """
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    job, step, restart = (int(environment.get(name) or 0) for name in names)
+    return 10000 + (job * 131 + step * 7 + restart) % 20000
+
+
+def _slurm(name: str) -> str:
+    if name not in os.environ:
+        raise ValueError(f"launcher 'slurm' needs {name} in the environment, or MASTER_ADDR")
+    return os.environ[name]
+
+
+def _loopback_store(placement: Placement, timeout: datetime.timedelta) -> dist.TCPStore:
+    """A store of the first rank that only processes of this machine reach."""
+    port = int(os.environ.get("MASTER_PORT") or slurm_port(os.environ))
+    listener = None
+    if placement.rank == 0:
+        # torch would listen to the network.
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as own:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                own.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise RuntimeError(
+                    f"the ranks of this job step meet at port {port} of this node, which cannot be "
+                    f"used ({error}): export another MASTER_PORT before srun"
+                ) from None
+            own.listen(placement.world_size)
+            listener = own.detach()
+    return dist.TCPStore(
+        "127.0.0.1",
+        port,
+        placement.world_size,
+        is_master=placement.rank == 0,
+        timeout=timeout,
+        master_listen_fd=listener,
+    )
 
 
 def _store_file() -> Path:

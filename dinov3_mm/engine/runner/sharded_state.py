@@ -20,14 +20,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import is_main_process
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata
 from torch.optim import Optimizer
 
 from dinov3_mm.checkpoints.distributed_folder import SafeReader, read_index
-from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX
+from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX, flush_to_disk
 
+from .launch import failing_together
 from .training_state import (
     STAGE_MODULES,
     STATE_FILE,
@@ -45,9 +46,10 @@ def is_sharded_state(path: str | Path) -> bool:
 def save_sharded_state(
     folder: str | Path,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     state: dict,
     *,
+    own: tuple[str, dict] | None = None,
     background_group: dist.ProcessGroup | None = None,
 ) -> Future | None:
     """Write a checkpoint from all ranks; all must call this.
@@ -55,27 +57,77 @@ def save_sharded_state(
     Args:
         folder: target; it must not exist.
         model: the algorithm, unwrapped.
-        optimizer: its optimizer, with ``param_names`` in the groups.
+        optimizer: its optimizer, with ``param_names`` in the groups; None leaves its moments out.
         state: what is no tensor.
+        own: name and content of a file that this rank adds.
         background_group: ranks that write in the background, see :func:`new_background_group`:
             copy the tensors and return; :func:`finish` completes the checkpoint. None writes now.
 
     Returns:
-        With ``background_group`` the future of the write.
+        With ``background_group`` the future of the write; on the first rank of the folder's name.
+
+    Raises:
+        FileExistsError: there is a checkpoint of that name.
+        RuntimeError: another rank failed.
     """
     folder = Path(folder)
+    begin(folder)
     partial = partial_folder(folder)
-    if is_main_process():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_training_state(partial / STATE_FILE, state)
-    barrier()
-    tensors = {**_model_tensors(model), **_optimizer_tensors(optimizer)}
+    with failing_together():
+        if is_main_process():
+            write_training_state(partial / STATE_FILE, state)
+        if own is not None:
+            write_training_state(partial / own[0], own[1])
+    tensors = _model_tensors(model)
+    if optimizer is not None:
+        tensors.update(_optimizer_tensors(optimizer))
     if background_group is not None:
-        return dcp.async_save(tensors, checkpoint_id=str(partial), process_group=background_group)
+        write = dcp.async_save(tensors, checkpoint_id=str(partial), process_group=background_group)
+        # The first rank's write ends when those of all ranks have: nobody need be asked.
+        return _then_named(write, folder) if is_main_process() else write
     dcp.save(tensors, checkpoint_id=str(partial), no_dist=not dist.is_initialized())
     finish(folder)
     return None
+
+
+def begin(folder: Path) -> None:
+    """Make the folder that a checkpoint is written to; all ranks must call this.
+
+    Raises:
+        FileExistsError: there is a checkpoint of that name; on the other ranks a ``RuntimeError``.
+    """
+    with failing_together():
+        if is_main_process():
+            if folder.exists():
+                raise FileExistsError(
+                    f"{folder} exists already: another run writes to this work folder, or put it "
+                    "there. Give each run its own --work-dir"
+                )
+            partial = partial_folder(folder)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+
+def _then_named(write: Future, folder: Path) -> Future:
+    """The write, and after it the folder's name, given by the thread that wrote."""
+    named: Future = Future()
+
+    def name(write: Future) -> None:
+        error = write.exception()
+        try:
+            if error is None:
+                _give_name(folder)
+        except OSError as caught:
+            error = caught
+        named.set_result(None) if error is None else named.set_exception(error)
+
+    write.add_done_callback(name)
+    return named
+
+
+def _give_name(folder: Path) -> None:
+    os.replace(partial_folder(folder), folder)
+    flush_to_disk(folder.parent)
 
 
 def new_background_group() -> dist.ProcessGroup | None:
@@ -93,14 +145,12 @@ def new_background_group() -> dist.ProcessGroup | None:
 
 
 def finish(folder: str | Path, write: Future | None = None) -> None:
-    """Wait for a write and give the folder its name; all ranks must call this."""
-    folder = Path(folder)
-    if write is not None:
-        write.result()
-    barrier()
-    if is_main_process():
-        os.replace(partial_folder(folder), folder)
-    barrier()
+    """Give the folder its name, or wait until a background write has; all ranks must call this."""
+    with failing_together():
+        if write is not None:
+            write.result()
+        elif is_main_process():
+            _give_name(Path(folder))
 
 
 def partial_folder(folder: Path) -> Path:

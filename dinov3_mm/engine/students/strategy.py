@@ -1,18 +1,18 @@
 """FlexibleRunner strategy of runs with several students."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import STRATEGIES
 from torch import nn
 
 from dinov3_mm.datasets.randomness import torch_seed
-from dinov3_mm.engine.runner.sharded_state import finish, partial_folder
+from dinov3_mm.engine.runner.launch import failing_together
+from dinov3_mm.engine.runner.sharded_state import begin, finish, partial_folder
 from dinov3_mm.engine.runner.training_state import (
     STATE_FILE,
     load_model_state,
@@ -91,15 +91,20 @@ class MultiDistillationStrategy(PretrainStrategy):
     ) -> None:
         """Write the folder; all ranks must call this."""
         folder = Path(filename)
+        begin(folder)
         partial = partial_folder(folder)
-        if is_main_process():
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / STUDENTS).mkdir(parents=True)
-        barrier()
         state = self._plain_state(extra_ckpt)
         if callback is not None:
             callback(state)
-        own = state.pop(STUDENTS, {})
+        with failing_together():
+            (partial / STUDENTS).mkdir(exist_ok=True)
+            self._write_own(partial / STUDENTS, state, state.pop(STUDENTS, {}))
+            if is_main_process():
+                write_training_state(partial / STATE_FILE, state)
+        finish(folder)
+
+    def _write_own(self, folder: Path, state: dict, own: dict) -> None:
+        """Write the students of which this rank is the first."""
         for name, student in self.model.local_students():
             if self.model.placement[name].index == 0:
                 tensors = {key: value.cpu() for key, value in student.state_dict().items()}
@@ -109,10 +114,7 @@ class MultiDistillationStrategy(PretrainStrategy):
                     "state_dict": tensors,
                     "optimizer": self.optim_wrapper[name].state_dict(),
                 }
-                write_training_state(partial / STUDENTS / f"{name}.pth", stored)
-        if is_main_process():
-            write_training_state(partial / STATE_FILE, state)
-        finish(folder)
+                write_training_state(folder / f"{name}.pth", stored)
 
     def _read_state(
         self, filename: str, callback: Callable[[dict], None] | None, *, with_optimizer: bool

@@ -179,7 +179,8 @@ class DINOv3(BaseModel):
         elif self.student.backbone.init_cfg:
             print_log("heads: random; teacher: a copy of the student", logger="current")
         self.teacher.load_state_dict(self.student.state_dict())
-        if hasattr(self, "gram_teacher"):
+        # One that has been given weights keeps them.
+        if hasattr(self, "gram_teacher") and not self.gram_teacher.is_ready:
             self.gram_teacher.backbone.load_state_dict(self.student.backbone.state_dict())
         if hasattr(self, "distillation_teacher"):
             self.distillation_teacher.init_weights()

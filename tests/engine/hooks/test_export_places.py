@@ -1,11 +1,11 @@
 """``teacher_latest`` follows the newest export, be it a file or a folder."""
 
 from dinov3_mm.checkpoints import build_backbone, export_backbone
-from dinov3_mm.engine.hooks.export import _point_latest_to
 from dinov3_mm.engine.runner.files import (
     export_path,
     latest_export_path,
     list_exports,
+    point_latest_to,
     remove,
     remove_partial_files,
 )
@@ -15,7 +15,7 @@ from tests.checkpoints.toys import assert_same_tensors, tensors_of, toy_backbone
 def export(work_dir, iteration, *, seed, **options):
     backbone = toy_backbone(seed)
     path = export_backbone(backbone, export_path(work_dir, iteration), **options)
-    _point_latest_to(path)
+    point_latest_to(path)
     latest = latest_export_path(work_dir)
     assert_same_tensors(build_backbone(latest).state_dict(), tensors_of(backbone))
     description = path.with_suffix(".json").read_bytes()

@@ -54,6 +54,12 @@ def test_new_stage_reads_the_file_even_if_loaded_weights_had_a_gram_teacher():
     assert runner.model.gram_sources == ["teacher.safetensors"]
 
 
+def test_a_teacher_that_the_model_came_with_is_enough():
+    runner = run(GramAnchorHook(), ready=True)
+    assert runner.model.gram_sources == []
+    assert runner.weights == [2.0] * 6
+
+
 def test_ema_teacher_is_copied_at_its_iteration_and_the_term_is_off_before():
     weight = {"type": "linear", "start": 0.0, "end": 6.0}
     runner = run(GramAnchorHook(load_ema_at=2, weight=weight))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODELS
 
 from dinov3_mm.checkpoints import load_weights
 from dinov3_mm.engine.runner import read_training_state
@@ -63,6 +65,33 @@ def test_teacher_export_of_the_first_stage(images, first_stage, tmp_path):
     last = state(tmp_path / "work", 6)
     assert_same(branch(last, GRAM_TEACHER), load_weights(export).state_dict)
     assert differs(branch(last, "teacher.backbone."), branch(last, GRAM_TEACHER))
+
+
+@HOOKS.register_module(force=True)
+class LoadGramHook(Hook):
+    """Does what the model's own message proposes."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def before_run(self, runner):
+        runner.model.load_gram_teacher(self.file)
+
+
+def test_a_teacher_that_was_loaded_into_the_model(images, first_stage, tmp_path):
+    export = str(first_stage / "exports" / "teacher_latest.safetensors")
+    cfg = gram_config(images, tmp_path / "work", {})
+    cfg.custom_hooks.append({"type": "LoadGramHook", "file": export})
+    train(cfg, tmp_path)
+    assert_same(branch(state(tmp_path / "work", 6), GRAM_TEACHER), load_weights(export).state_dict)
+
+
+def test_initialisation_keeps_a_teacher_that_was_loaded(images, first_stage, tmp_path):
+    export = first_stage / "exports" / "teacher_latest.safetensors"
+    model = MODELS.build(gram_config(images, tmp_path / "work", {}).model)
+    model.load_gram_teacher(export)
+    model.init_weights()
+    assert_same(model.gram_teacher.backbone.state_dict(), load_weights(export).state_dict)
 
 
 def test_second_stage_resumes_the_first(images, first_stage, tmp_path):

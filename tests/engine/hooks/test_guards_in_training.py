@@ -1,5 +1,7 @@
 """The guards in whole runs of the DINOv3 algorithm: injected faults, and a healthy run."""
 
+from math import isfinite
+
 import pytest
 import torch
 from mmengine.hooks import Hook
@@ -7,6 +9,8 @@ from mmengine.registry import HOOKS
 
 from dinov3_mm.engine.capture import replay_capture
 from dinov3_mm.engine.hooks.guards import TrainingStoppedError
+from dinov3_mm.engine.runner import read_training_state
+from tests.integration import fault_hook  # noqa: F401  (registers PoisonHook)
 from tests.integration.toy_run import toy_config, train, write_images
 from tools import replay_capture as replay_tool
 
@@ -98,3 +102,22 @@ def test_replay_repeats_the_loss_with_stochastic_depth_and_rope_augmentation(con
         assert report.is_finite
         assert report.losses[0]["loss"] == loss
         assert report.first_bad_module is None
+
+
+def test_a_step_of_shards_is_captured_and_repeats_its_losses(config, tmp_path, capsys):
+    cfg = config(None, strategy__type="FSDP2Strategy")
+    cfg.custom_hooks.append({"type": "PoisonHook", "iteration": 3})
+    train(cfg, tmp_path)
+    (folder,) = captures(tmp_path)
+    assert folder.name == "iter_00000003"
+    report = replay_capture(folder, cfg)
+    assert not report.is_finite
+    assert report.first_bad_module == "data_preprocessor"
+    seen = read_training_state(folder / "step_rank0.pth")["step"]["outputs"]
+    (losses,) = report.losses
+    finite = {name for name, value in losses.items() if isfinite(value) and name in seen}
+    assert {"dino_global_loss", "ibot_loss", "koleo_loss"} <= finite
+    for name in finite:
+        assert losses[name] == pytest.approx(seen[name], rel=1e-5)
+    with pytest.raises(ValueError, match="holds the ranks 0 to 0, not rank 5"):
+        replay_capture(folder, cfg, rank=5)
