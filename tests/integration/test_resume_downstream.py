@@ -130,10 +130,10 @@ def test_a_foreign_file_is_not_unpickled(half, tmp_path):
     work_dir = copied(half, tmp_path)
     trap = tmp_path / "sprung"
     torch.save({"meta": {"iter": 4}, "state_dict": _Trap(trap)}, work_dir / "iter_4.pth")
-    with pytest.raises(ConfigError, match="iter_4.pth"):
+    with pytest.raises(ConfigError, match=r"iter_4\.pth"):
         resume(work_dir, tmp_path)
     (work_dir / "iter_4.pth").write_bytes(pickle.dumps(_Trap(trap)))
-    with pytest.raises(ConfigError, match="iter_4.pth"):
+    with pytest.raises(ConfigError, match=r"iter_4\.pth"):
         resume(work_dir, tmp_path)
     assert not trap.exists()
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
@@ -182,6 +183,8 @@ class ResumeHook(Hook):
                 f"resume: {path} does not keep the config and data of its run (an older version "
                 "wrote it): what is different now cannot be told"
             )
+            if self.of_host:
+                self._report_jumps(runner, self._compare_rates(runner)[0])
             return
         self._report_differences(runner, found)
 
@@ -201,17 +204,17 @@ class ResumeHook(Hook):
             say(f"resume: {path}: {old} -> {new}{note}")
             reasons += [path] if effect == "exactness" else []
             rounding += [path] if effect == "rounding" else []
-        for name, (old, new) in jumps.items():
-            warn(
-                f"resume: {name} jumps at iteration {runner.iter} from {old:.4g} to {new:.4g}: the "
-                "schedule is that of the config"
-            )
+        self._report_jumps(runner, jumps)
         reasons = reasons or list(jumps)
         reasons += self._compare_data(runner)
         stored, world = self.meta[RUN]["world_size"], get_world_size()
         if stored != world:
             say(f"resume: processes: {stored} -> {world}{self._processes_in_words(stored, world)}")
             (reasons if self.of_host else rounding).append("processes")
+        version = str(torch.__version__)
+        if version != self.meta[RUN]["torch"]:
+            say(f"resume: torch: {self.meta[RUN]['torch']} -> {version}, the same to rounding")
+            rounding.append("torch")
         if reasons:
             warn(
                 "resume: from here on this is not the run that it would have been, because of: "
@@ -220,16 +223,25 @@ class ResumeHook(Hook):
         elif rounding:
             say(f"resume: goes on as if never interrupted, to rounding ({', '.join(rounding)})")
         else:
-            say("resume: config, seed and data are the same: goes on as if never interrupted")
+            # MMEngine's pipelines draw from running generators, which start anew with a process.
+            but = "; random augmentations are drawn anew" if self.of_host else ""
+            say(f"resume: config, seed and data are the same: goes on as if never interrupted{but}")
+
+    def _report_jumps(self, runner, jumps: dict[str, tuple[float, float]]) -> None:
+        for name, (old, new) in jumps.items():
+            runner.logger.warning(
+                f"resume: {name} jumps at iteration {runner.iter} from {old:.4g} to {new:.4g}: the "
+                "schedule is that of the config"
+            )
 
     def _compare_rates(self, runner) -> tuple[dict[str, tuple[float, float]], bool]:
         """Values that jump, and whether schedules are others than they were."""
         if not self.of_host:
             return compare_schedules(self.cfg, self.meta, runner.iter)
-        now = max((group["lr"] for group in runner.optim_wrapper.param_groups), default=0.0)
-        jumps = {}
-        if self._stored_rate is not None and self._stored_rate != now:
-            jumps["learning rate"] = (self._stored_rate, now)
+        if self._stored_rate is None:
+            return {}, False
+        now = max(group["lr"] for group in runner.optim_wrapper.optimizer.param_groups)
+        jumps = {"learning rate": (self._stored_rate, now)} if now != self._stored_rate else {}
         return jumps, self._moves_schedules
 
     def _compare_data(self, runner) -> list[str]:
