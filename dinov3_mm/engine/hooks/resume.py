@@ -194,8 +194,9 @@ class ResumeHook(Hook):
         jumps, follows_length = self._compare_rates(runner)
         for path, old, new, effect in found:
             if is_length(path) and not follows_length:
-                effect = "none"
+                effect = "length"
             note = {
+                "length": ", the schedules stay what they were",
                 "none": ", without effect on what is learnt",
                 "place": ", the names of the images are compared",
                 "rounding": ", the same to rounding",

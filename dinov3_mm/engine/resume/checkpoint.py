@@ -16,7 +16,7 @@ from dinov3_mm.checkpoints.distributed_folder import read_index
 from dinov3_mm.checkpoints.run_checkpoint import read_run_checkpoint
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.host_config import is_host_config
-from dinov3_mm.engine.runner.files import list_checkpoints
+from dinov3_mm.engine.runner.files import find_latest_checkpoint, list_checkpoints
 from dinov3_mm.engine.runner.sharded_state import is_sharded_state
 from dinov3_mm.engine.runner.training_state import read_training_state
 
@@ -89,7 +89,9 @@ def saved_checkpoints(cfg: Mapping) -> tuple[list[Path], list[Path]]:
     """
     work_dir = Path(cfg["work_dir"])
     if not is_host_config(cfg):
-        return list(list_checkpoints(work_dir).values()), []
+        files, newest = list(list_checkpoints(work_dir).values()), find_latest_checkpoint(work_dir)
+        count = files.index(newest) + 1 if newest in files else 0
+        return files[:count], files[count:]
     hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
     folder = Path(hook["out_dir"]) / work_dir.name if hook.get("out_dir") else work_dir
     found = [(m, path) for path in folder.glob("*.pth") if (m := _HOST_FILE.fullmatch(path.name))]
