@@ -214,11 +214,20 @@ def test_epochs_count_where_the_batch_is_another(tmp_path):
     assert max(found) == 16
 
 
+def test_epochs_of_another_length_under_a_schedule_of_the_same(tmp_path):
+    # Two epochs of eight steps and four of four: both schedules have 16 steps.
+    cfg = downstream_config(tmp_path / "run", by_epoch=True, train_cfg__max_epochs=2)
+    train(cfg, tmp_path)
+    other = downstream_config(tmp_path / "run", by_epoch=True, train_dataloader__batch_size=4)
+    assert "learning rate jumps at iteration 8" in resume(tmp_path / "run", tmp_path, other)
+    assert rates_of(tmp_path / "run")[9] == pytest.approx(0.05)
+
+
 def test_differences_are_named(half, tmp_path):
     work_dir = copied(half, tmp_path)
     cfg = eight(work_dir, model__loss_weight=0.5, train_dataloader__dataset__length=20)
     log = resume(work_dir, tmp_path, cfg)
-    assert "model.loss_weight: nothing -> 0.5, the config counts" in log
+    assert "model.loss_weight: not set -> 0.5, the config counts" in log
     assert "images: 16 -> 20" in log
     assert "because of: model.loss_weight, train_dataloader.dataset.length, images" in log
 

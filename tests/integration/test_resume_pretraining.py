@@ -52,10 +52,10 @@ def test_a_longer_run_with_other_settings(images, three, tmp_path):
     for difference in (
         "train_cfg.max_iters: 3 -> 4",
         "train_cfg.global_batch_size: 4 -> 8",
-        'model.koleo: nothing -> {"weight": 0.3}',
+        'model.koleo: not set -> {"weight": 0.3}',
     ):
         assert f"resume: {difference}, the config counts" in log
-    assert "OptimScheduleHook.lr jumps at iteration 3 from 1e-06 to" in log
+    assert "OptimScheduleHook.lr) jumps at iteration 3 from 1e-06 to" in log
     assert "because of:" in log
     # the rate is that of a run of four
     straight = tmp_path / "straight"

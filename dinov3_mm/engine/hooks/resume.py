@@ -74,7 +74,6 @@ class ResumeHook(Hook):
         if not self.of_host:
             return
         self._refuse_other_model(runner, checkpoint)
-        self._count_epochs_anew(runner, checkpoint["meta"])
         if "optimizer" in checkpoint and not isinstance(runner.optim_wrapper, OptimWrapperDict):
             self._settle_optimizer(runner, checkpoint)
 
@@ -123,34 +122,26 @@ class ResumeHook(Hook):
         own, old = wrapper.optimizer.state_dict()["param_groups"], stored["param_groups"]
         if [len(group["params"]) for group in own] != [len(group["params"]) for group in old]:
             raise ConfigError(
-                f"--resume: the optimizer of {checkpoint_of(self.cfg)} has {len(old)} groups of "
+                f"--resume: the optimizer of {checkpoint_of(self.cfg)} has {len(old)} group(s) of "
                 f"parameters, that of this config {len(own)}, or of other sizes: keep what trains "
                 "and optim_wrapper.paramwise_cfg, or start a new run from its weights with "
                 f"--cfg-options load_from={checkpoint_of(self.cfg)} and no --resume"
             )
         self._stored_rate = max(group["lr"] for group in old)
+        is_elsewhere = _count_epochs_anew(runner, checkpoint["meta"])
         schedulers = runner.param_schedulers or []
         states = checkpoint.get("param_schedulers") or []
         if any(getattr(scheduler, "need_val_args", False) for scheduler in schedulers):
             return  # they follow the scores, which are in the checkpoint alone
         moving = {scheduler.param_name for scheduler in schedulers}
         moving |= {"betas"} if "momentum" in moving else set()
-        if _settings(own, moving) == _settings(old, moving) and _same_schedules(schedulers, states):
+        is_same = _settings(own, moving) == _settings(old, moving)
+        if is_same and not is_elsewhere and _same_schedules(schedulers, states):
             return
         self._moves_schedules = True
         checkpoint.pop("param_schedulers", None)
         stored.pop("base_param_settings", None)
         stored["param_groups"] = own
-
-    def _count_epochs_anew(self, runner, meta: dict) -> None:
-        """As many epochs are another number of iterations where batch or data are others."""
-        length, before = _epoch_length(runner), (meta.get(RUN) or {}).get("epoch_length")
-        if length and before and length != before and meta["iter"] == meta["epoch"] * before:
-            meta["iter"] = meta["epoch"] * length
-            runner.logger.info(
-                f"resume: an epoch has {length} iterations, it had {before}: {meta['epoch']} "
-                f"epochs count as {meta['iter']} iterations"
-            )
 
     def _report(self, runner) -> None:
         """Say where the run goes on and what is different."""
@@ -230,6 +221,8 @@ class ResumeHook(Hook):
 
     def _report_jumps(self, runner, jumps: dict[str, tuple[float, float]]) -> None:
         for name, (old, new) in jumps.items():
+            if name.endswith(".lr"):
+                name = f"learning rate ({name})"
             runner.logger.warning(
                 f"resume: {name} jumps at iteration {runner.iter} from {old:.4g} to {new:.4g}: the "
                 "schedule is that of the config"
@@ -289,6 +282,19 @@ def _same_schedules(schedulers: list, states: list[dict]) -> bool:
         for each in (own, states)
     ]
     return fixed[0] == fixed[1]
+
+
+def _count_epochs_anew(runner, meta: dict) -> bool:
+    """As many epochs are another number of iterations where batch or data are others."""
+    length, before = _epoch_length(runner), (meta.get(RUN) or {}).get("epoch_length")
+    if not length or not before or length == before or meta["iter"] != meta["epoch"] * before:
+        return False
+    meta["iter"] = meta["epoch"] * length
+    runner.logger.info(
+        f"resume: an epoch has {length} iterations, it had {before}: {meta['epoch']} epochs count "
+        f"as {meta['iter']} iterations"
+    )
+    return True
 
 
 def _epoch_length(runner) -> int:

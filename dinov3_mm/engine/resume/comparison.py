@@ -196,7 +196,7 @@ def _by_type(parts: list[dict]) -> dict[str, dict]:
 
 def _words(value: Any) -> str:
     if _is_nothing(value):
-        return "nothing"
+        return "not set"
     if isinstance(value, dict):
         value = value.get("type", value)
     text = json.dumps(value)
