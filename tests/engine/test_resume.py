@@ -21,6 +21,7 @@ from dinov3_mm.engine.resume import (
     set_resume,
 )
 from dinov3_mm.engine.runner.files import checkpoint_path
+from dinov3_mm.engine.runner.sharded_state import save_sharded_state
 from dinov3_mm.engine.runner.training_state import write_training_state
 from tests.checkpoints.toys import toy_backbone
 from tests.integration.toy_run import write_images
@@ -163,6 +164,21 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_offered(tmp_pat
     os.truncate(checkpoint_path(tmp_path, 3), 2000)
     with pytest.raises(ConfigError, match="no earlier one"):
         choose_checkpoint(pretraining(tmp_path))
+
+
+def test_a_shard_that_is_cut_off_is_found(tmp_path):
+    layer = torch.nn.Linear(50, 50)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer.param_groups[0]["param_names"] = ["weight", "bias"]
+    for iteration in (3, 6):
+        folder = checkpoint_path(tmp_path, iteration, sharded=True)
+        save_sharded_state(folder, layer, optimizer, {"meta": {"iter": iteration}})
+    assert choose_checkpoint(pretraining(tmp_path)) == folder
+    shard = next(folder.glob("*.distcp"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(ConfigError, match="iter_00000003") as caught:
+        choose_checkpoint(pretraining(tmp_path))
+    assert f"{shard} is missing or cut off" in str(caught.value)
 
 
 @pytest.mark.parametrize("given", ["teacher.safetensors", "."])
