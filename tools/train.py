@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint as find_mmengine_checkpoint
+from mmengine.runner import FlexibleRunner, Runner
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
 from dinov3_mm.engine import (
@@ -21,9 +21,9 @@ from dinov3_mm.engine import (
     end_processes,
     parse_options,
     read_config,
-    resume_point,
     resume_stage,
     set_data,
+    set_resume,
     set_teacher,
     set_weights,
     start_from_stage,
@@ -142,21 +142,6 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def set_resume(cfg: Config, checkpoint: str | None, *, is_stage: bool = False) -> None:
-    """Go on from a checkpoint, by default from the newest one of the work folder if it has one.
-
-    A stage (``is_stage``) that has no checkpoint yet starts from the stage before it.
-    """
-    if is_host_config(cfg):  # MMEngine's runner has files of its own
-        checkpoint = checkpoint or find_mmengine_checkpoint(cfg.work_dir)
-        if checkpoint is not None:
-            cfg.resume, cfg.load_from = True, str(checkpoint)
-        return
-    checkpoint = resume_point(cfg.work_dir, checkpoint, may_lie_elsewhere=not is_stage)
-    if checkpoint is not None:
-        cfg.resume, cfg.load_from = str(checkpoint), None
-
-
 def settle_stage(cfg: Config, args: argparse.Namespace) -> list[str]:
     """Start a later stage from the one before it, unless it has begun; lines for the log."""
     if args.gram_iter is not None and args.from_stage is None:
@@ -216,11 +201,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_dry_options(args)
     start_processes(args.launcher)
     cfg = load_config(args)
+    try:
+        runner = prepare(cfg, args)
+    except ConfigError as error:
+        if args.resume is None or cfg.get("resume"):
+            raise
+        raise ConfigError(
+            f"--resume: {cfg.work_dir} holds no checkpoint yet, so the run starts from the "
+            f"beginning, which needs the options of the first start\n{error}"
+        ) from error
+    runner.train()
+    end_processes()
+
+
+def prepare(cfg: Config, args: argparse.Namespace) -> FlexibleRunner | Runner:
+    """The runner of a config."""
     notes = settle_stage(cfg, args)
+    if args.resume is not None and not cfg.get("resume"):
+        notes.append(
+            f"resume: {cfg.work_dir} holds no checkpoint yet: the run starts from the beginning"
+        )
     if args.cache_features is not None:
         notes += cache_features(cfg, args.cache_features, args.cache_dtype)
-    build_runner(cfg, notes=notes).train()
-    end_processes()
+    return build_runner(cfg, notes=notes)
 
 
 if __name__ == "__main__":

@@ -55,15 +55,19 @@ def load_run_checkpoint(model: nn.Module, path: str | os.PathLike) -> dict[str, 
     return content.get("meta", {})
 
 
-def read_run_checkpoint(path: Path) -> dict[str, Any]:
+def read_run_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Content of a checkpoint: tensors, numbers, strings and MMEngine's logged histories.
+
+    Args:
+        path: the file.
+        mmap: map the tensors instead of reading them.
 
     Raises:
         ValueError: If it is damaged or holds anything else.
     """
     try:
         with torch.serialization.safe_globals(_SAFE):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} was not loaded: {reason_of_refusal(error)}") from error
     if not isinstance(content, dict):

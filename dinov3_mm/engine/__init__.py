@@ -4,7 +4,8 @@
 from . import feature_cache, fsdp2, hooks, loops, optim, strategy, students  # noqa: F401
 from .build import build_runner
 from .config import ConfigError, apply_options, check_config, parse_options, read_config
-from .runner import LAUNCHERS, end_processes, find_latest_checkpoint, resume_point, start_processes
+from .resume import set_resume
+from .runner import LAUNCHERS, end_processes, find_latest_checkpoint, start_processes
 from .stages import resume_stage, start_from_stage
 from .starting_point import set_data, set_teacher, set_weights
 
@@ -18,9 +19,9 @@ __all__ = [
     "find_latest_checkpoint",
     "parse_options",
     "read_config",
-    "resume_point",
     "resume_stage",
     "set_data",
+    "set_resume",
     "set_teacher",
     "set_weights",
     "start_from_stage",

@@ -10,8 +10,10 @@ from mmengine.registry import MODELS, RUNNERS
 
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
+from dinov3_mm.engine.hooks.host_checkpoint import write_aside
+from dinov3_mm.engine.hooks.resume import ResumeHook
 from dinov3_mm.engine.host_config import is_host_config, settle_host
-from dinov3_mm.engine.runner.training_state import read_meta
+from dinov3_mm.engine.resume import read_resumed, refuse_resumed
 from dinov3_mm.engine.stages import refuse_orphan
 from dinov3_mm.engine.starting_point import settle_data, settle_teacher, settle_weights
 
@@ -39,28 +41,26 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     # The runner would guess from the environment; the process group is there or it is not.
     cfg.launcher = "pytorch" if is_distributed() else "none"
     if is_host_config(cfg):
+        meta = read_resumed(cfg)
         lines = settle_host(cfg)
-        runner = RUNNERS.build(cfg)
-        for line in (*notes, *lines):
-            runner.logger.info(line)
-        return runner
-    fill_defaults(cfg)
-    check_config(cfg, world_size=get_world_size())
-    settle_data(cfg)
-    refuse_orphan(cfg)
-    stored = _stored(cfg)
-    lines = [*settle_weights(cfg, stored), *settle_teacher(cfg), *_derive(cfg, stored)]
-    check_config(cfg, world_size=get_world_size())
-    _check_model(cfg)
+        write_aside(cfg)
+    else:
+        fill_defaults(cfg)
+        check_config(cfg, world_size=get_world_size())
+        settle_data(cfg)
+        meta = read_resumed(cfg)
+        refuse_orphan(cfg)
+        stored = (meta or {}).get(RECORD)
+        lines = [*settle_weights(cfg, stored), *settle_teacher(cfg), *_derive(cfg, stored)]
+        check_config(cfg, world_size=get_world_size())
+        _check_model(cfg)
+    if meta is not None:
+        refuse_resumed(cfg, meta)
     runner = RUNNERS.build(cfg)
+    runner.register_hook(ResumeHook(copy.deepcopy(cfg), meta))
     for line in (*notes, *lines):
         runner.logger.info(line)
     return runner
-
-
-def _stored(cfg: Config) -> dict | None:
-    """What the run that is resumed derived when it began."""
-    return read_meta(cfg.resume).get(RECORD) if isinstance(cfg.get("resume"), str) else None
 
 
 def _derive(cfg: Config, stored: dict | None) -> list[str]:

@@ -1,7 +1,9 @@
 """What ``tools/train.py`` makes of its command line."""
 
 import pytest
+import torch
 
+from dinov3_mm.engine.runner.training_state import write_training_state
 from tools.train import load_config, parse_args
 
 
@@ -16,11 +18,12 @@ def test_resume_goes_on_from_the_newest_checkpoint_of_the_runner(tmp_path, runne
     (work_dir / "checkpoints").mkdir(parents=True)
     if runner_type == "FlexibleRunner":
         newest = work_dir / "checkpoints/iter_00000002.pth"
+        write_training_state(newest, {"meta": {"iter": 2}})
         expected = (str(newest), None)
     else:
         newest = work_dir / "epoch_2.pth"
-        (work_dir / "last_checkpoint").write_text(str(newest))
+        torch.save({"meta": {"iter": 2}}, newest)
+        (work_dir / "last_checkpoint").write_text("/elsewhere/epoch_2.pth")
         expected = (True, str(newest))
-    newest.touch()
     cfg = load_config(parse_args(words))
     assert (cfg.resume, cfg.load_from) == expected

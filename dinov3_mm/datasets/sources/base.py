@@ -3,7 +3,7 @@
 import os
 from array import array
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -55,6 +55,11 @@ class PathIndex:
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(bytes(self._bytes[start : self._ends[index]]))
 
+    def feed(self, digest: Any) -> None:
+        """Feed all paths in their order to a hash of :mod:`hashlib`."""
+        digest.update(self._bytes)
+        digest.update(self._ends)
+
 
 class FileSource:
     """Base of the sources that read image files by path.
@@ -105,6 +110,10 @@ class FileSource:
     def probe(self, index: int) -> ImageHeader:
         """Size and channels from the file header; BrokenImageError if it cannot be read."""
         return self.format.probe(self.path(index))
+
+    def feed_names(self, digest: Any) -> None:
+        """Feed the names of all images, relative to the root, to a hash of :mod:`hashlib`."""
+        self._paths.feed(digest)
 
     def label(self, index: int) -> int:
         """Class of an image; ValueError if the source has no labels."""

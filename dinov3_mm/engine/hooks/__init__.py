@@ -10,9 +10,11 @@ from .folder_evaluation import FolderEvalHook, SummaryHook
 from .frozen_backbone import FrozenBackboneHook
 from .gram_anchor import GramAnchorHook
 from .guards import CollapseGuardHook, NonFiniteGuardHook
+from .host_checkpoint import HostCheckpointHook
 from .label_check import LabelCheckHook
 from .logging import ProgressHook
 from .per_student import PerStudentHook
+from .resume import ResumeHook
 from .schedule import OptimScheduleHook
 from .teacher_ema import TeacherEMAHook
 
@@ -26,6 +28,7 @@ __all__ = [
     "FolderEvalHook",
     "FrozenBackboneHook",
     "GramAnchorHook",
+    "HostCheckpointHook",
     "KNNEvalHook",
     "LabelCheckHook",
     "NonFiniteGuardHook",
@@ -33,6 +36,7 @@ __all__ = [
     "PerStudentHook",
     "PretrainCheckpointHook",
     "ProgressHook",
+    "ResumeHook",
     "RetrievalEvalHook",
     "SummaryHook",
     "TeacherEMAHook",

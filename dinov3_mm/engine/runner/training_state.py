@@ -77,16 +77,6 @@ def read_training_state(path: str | Path, *, mmap: bool = False) -> dict:
     return state
 
 
-def read_meta(path: str | Path) -> dict:
-    """Read the ``meta`` entry of a training checkpoint; its tensors stay on disk.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: As :func:`read_training_state`.
-    """
-    return read_training_state(path, mmap=True)["meta"]
-
-
 def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Load every tensor of a checkpoint; only a whole stage module may be absent from it.
 
