@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, RUNNERS
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
 from dinov3_mm.engine.host_config import is_host_config, settle_host
+from dinov3_mm.engine.precision import use_compute_dtype
 from dinov3_mm.engine.runner.training_state import read_meta
 from dinov3_mm.engine.stages import refuse_orphan
 from dinov3_mm.engine.starting_point import settle_data, settle_teacher, settle_weights
@@ -39,7 +40,7 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     # The runner would guess from the environment; the process group is there or it is not.
     cfg.launcher = "pytorch" if is_distributed() else "none"
     if is_host_config(cfg):
-        lines = settle_host(cfg)
+        lines = [*settle_host(cfg), *use_compute_dtype(cfg)]
         runner = RUNNERS.build(cfg)
         for line in (*notes, *lines):
             runner.logger.info(line)
