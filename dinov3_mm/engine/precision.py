@@ -6,6 +6,7 @@ post-processing and linear probes lie outside and stay fp32, and so do mmcv's op
 coordinates are useless in bf16 and whose kernels do not take it.
 """
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
@@ -78,6 +79,15 @@ def choose_dtype(
         return asked
     device = torch.device(device)
     return "bf16" if device.type == "cuda" and supports(device) else "fp32"
+
+
+def dtype_option(text: str) -> str:
+    """A ``--dtype`` of a command line: what :func:`choose_dtype` takes."""
+    try:
+        choose_dtype(text, "cpu")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def describe_choice(asked: str, dtype: str, device: str | torch.device) -> str:
