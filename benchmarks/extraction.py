@@ -58,6 +58,7 @@ def ours(model: nn.Module, paths: list[str], args: argparse.Namespace) -> Extrac
         std=IMAGENET_STD,
         batch_size=args.batch_size,
         device=args.device,
+        dtype="fp32",  # as the peers
     )
 
     def extract() -> Tensor:

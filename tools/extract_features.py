@@ -28,6 +28,7 @@ from dinov3_mm.apis.tokens import FIELDS
 from dinov3_mm.datasets.sources import FileSource, ImageFolder, ImageList
 from dinov3_mm.engine import LAUNCHERS, start_processes
 from dinov3_mm.engine.hooks.console import memory_text
+from dinov3_mm.engine.precision import AUTO, dtype_option
 
 LIST_SUFFIXES = (".txt", ".csv", ".lst")
 SECONDS_BETWEEN_LINES = 30.0
@@ -80,7 +81,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     running = parser.add_argument_group("running")
     running.add_argument("--batch-size", type=int, default=32)
     running.add_argument("--max-tokens-per-batch", type=int, default=32768)
-    running.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="of computing")
+    running.add_argument(
+        "--dtype",
+        default=AUTO,
+        type=dtype_option,
+        help="of computing: fp32, bf16, or auto: bf16 on a GPU; default",
+    )
     running.add_argument("--store-dtype", default="fp32", choices=("fp32", "fp16"))
     running.add_argument("--shard-size", type=int, help="images per shard; default: about 256 MiB")
     running.add_argument("--num-workers", type=int, help="decoding processes per rank")
@@ -203,6 +209,8 @@ def extract(args: argparse.Namespace) -> None:
         overlap=args.overlap,
     )
     is_main = get_dist_info()[0] == 0
+    if is_main:
+        console.print(f"computing in {extractor.choice}", highlight=False)
     report = ProgressReport()
     result = extract_to_files(
         extractor,

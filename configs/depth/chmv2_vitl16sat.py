@@ -15,3 +15,5 @@ model = dict(
         ),
     ),
 )
+# As the released model, which computes in fp32 throughout.
+compute_dtype = 'fp32'

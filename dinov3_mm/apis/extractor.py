@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from dinov3_mm.checkpoints import Statistics
 from dinov3_mm.checkpoints.statistics import named_statistics
 from dinov3_mm.datasets.sources import read_image
+from dinov3_mm.engine.precision import AUTO, DTYPES, choose_dtype, describe_choice
 from dinov3_mm.evaluation.features import evaluating
-from dinov3_mm.suggest import hint
 
 from .backbone import describe, open_backbone
 from .forwards import ForwardThreads
@@ -27,7 +27,6 @@ from .preparation import NATIVE, ImageLike, ImagePreparation, parse_image_size
 from .tiling import Tiling
 from .tokens import ImageFeatures, Tokens, join_features
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Tokens of one pass on one CPU thread: enough for efficient matrix products, small enough that its
 # activations stay in the caches and that the threads finish together.
 _TOKENS_PER_THREAD = 2048
@@ -57,7 +56,9 @@ class FeatureExtractor:
         layers: further blocks whose tokens are returned: the last n, block indices from 0, or
             'four_even' for four evenly spaced ones.
         norm: apply the final norm to every output.
-        dtype: compute in 'fp32' or 'bf16'. Features are fp32 on the CPU either way.
+        dtype: compute in 'fp32' or 'bf16'; 'auto' is bf16 on a GPU that has it, fp32 elsewhere, and
+            for a module in bf16 its own. Products are in bf16 then, norms and rotations stay fp32.
+            Features are fp32 on the CPU either way.
         device: where to compute; by default that of the module, else CUDA if it is there.
         mean, std: normalisation of pixels in [0, 1], one value per channel; by default those that
             the weights state.
@@ -69,9 +70,14 @@ class FeatureExtractor:
         overlap: pixels that neighbouring tiles share at least; default: an eighth of the tile.
         read: decodes the image file at a path to an array (H, W, C) in 0..255.
 
+    Attributes:
+        device: where the backbone is.
+        dtype: what it computes in, 'fp32' or 'bf16'.
+        choice: that in words, with the reason.
+
     Raises:
         FileNotFoundError: If there are no such weights.
-        ValueError: If an argument is unknown or does not fit the others.
+        ValueError: If an argument is unknown or does not fit the others; fp16 is refused.
 
     Example:
         >>> extractor = FeatureExtractor("dinov3_vits16_pretrain_lvd1689m-08c60483.pth")
@@ -91,7 +97,7 @@ class FeatureExtractor:
         interpolation: str = "bilinear",
         layers: Layers = None,
         norm: bool = True,
-        dtype: str = "fp32",
+        dtype: str = AUTO,
         device: str | torch.device | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -101,10 +107,7 @@ class FeatureExtractor:
         overlap: int | None = None,
         read: Callable[[str], np.ndarray] = read_image,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(
-                f"dtype is {dtype!r}; expected fp32 or bf16 ({hint(str(dtype), DTYPES)})"
-            )
+        choose_dtype(dtype, "cpu")  # refuses an unknown one before weights are read
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens_per_batch)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected 1 or more")
@@ -112,7 +115,7 @@ class FeatureExtractor:
         backbone = opened.module
         self.statistics = _statistics(opened.statistics, mean, std)
         self.backbone, self.origin = backbone, opened.origin
-        self.dtype, self.norm, self.read = dtype, norm, read
+        self.norm, self.read = norm, read
         self.layers = resolve_layers(layers, backbone.num_layers)
         self.batch_size, self.max_tokens = batch_size, max_tokens_per_batch
         size = parse_image_size(image_size, backbone.token_stride)
@@ -124,7 +127,7 @@ class FeatureExtractor:
             interpolation=interpolation,
         )
         self.tiling = None if tile is None else Tiling(tile, overlap, backbone.token_stride)
-        self._place(device, owned=not isinstance(model, nn.Module))
+        self._place(device, dtype, owned=not isinstance(model, nn.Module))
         channels = getattr(backbone, "arch_settings", {}).get(
             "in_channels", len(self.statistics[0])
         )
@@ -134,19 +137,26 @@ class FeatureExtractor:
                 f"{len(self.statistics.mean)} values; pass one value per channel"
             )
 
-    def _place(self, device: str | torch.device | None, *, owned: bool) -> None:
+    def _place(self, device: str | torch.device | None, asked: str, *, owned: bool) -> None:
+        if device is None and owned and torch.cuda.is_available():
+            device = "cuda"
+        if device is not None:
+            self.backbone.to(device)
         parameter = next(self.backbone.parameters())
+        self.device = parameter.device
+        if asked == AUTO and parameter.dtype == torch.bfloat16:
+            asked = "bf16"
+        self.dtype = choose_dtype(asked, self.device)
+        self.choice = describe_choice(asked, self.dtype, self.device)
         if parameter.dtype != torch.float32 and parameter.dtype != DTYPES[self.dtype]:
             raise ValueError(
                 f"the parameters are {parameter.dtype}, dtype is {self.dtype!r}; pass the dtype of "
                 "the parameters, or a float32 module"
             )
-        if device is None and owned and torch.cuda.is_available():
-            device = "cuda"
-        if device is not None:
-            self.backbone.to(device)
-        self.device = next(self.backbone.parameters()).device
+        self._described: dict[str, Any] | None = None
         if owned and self.dtype == "bf16":
+            # Of the weights as they were given, from which bf16 and fp32 features come alike.
+            self._described = describe(self.backbone, self.origin)
             # Autocast would round these weights anew in every pass, to the same values.
             for module in self.backbone.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -172,7 +182,7 @@ class FeatureExtractor:
 
     def describe(self) -> dict[str, Any]:
         """Provenance of the features as JSON: backbone, architecture, weights, fingerprint."""
-        return describe(self.backbone, self.origin)
+        return dict(self._described or describe(self.backbone, self.origin))
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], *, num_workers: int = 0

@@ -13,6 +13,7 @@ from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
 from dinov3_mm.engine.hooks.host_checkpoint import write_aside
 from dinov3_mm.engine.hooks.resume import ResumeHook
 from dinov3_mm.engine.host_config import is_host_config, settle_host
+from dinov3_mm.engine.precision import use_compute_dtype
 from dinov3_mm.engine.resume import read_resumed, refuse_resumed
 from dinov3_mm.engine.stages import refuse_orphan
 from dinov3_mm.engine.starting_point import settle_data, settle_teacher, settle_weights
@@ -42,7 +43,7 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     cfg.launcher = "pytorch" if is_distributed() else "none"
     if is_host_config(cfg):
         meta = read_resumed(cfg)
-        lines = settle_host(cfg)
+        lines = [*settle_host(cfg), *use_compute_dtype(cfg)]
         write_aside(cfg)
     else:
         fill_defaults(cfg)

@@ -15,6 +15,7 @@ from dinov3_mm.checkpoints.run_checkpoint import load_run_checkpoint
 from dinov3_mm.checkpoints.weights_record import WEIGHTS
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.host_config import is_host_config, settle_host
+from dinov3_mm.engine.precision import use_compute_dtype
 
 METRICS_FILE = "metrics.json"
 
@@ -43,7 +44,7 @@ def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = N
         raise ConfigError(f"there is no checkpoint {checkpoint}")
     cfg.launcher = "pytorch" if is_distributed() else "none"
     cfg.load_from, cfg.resume = None, False
-    lines = settle_host(cfg) if checkpoint is None else []
+    lines = [*(settle_host(cfg) if checkpoint is None else []), *use_compute_dtype(cfg)]
     runner = RUNNERS.build(cfg)
     for line in lines:
         runner.logger.info(line)

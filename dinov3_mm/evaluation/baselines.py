@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .features import gather_shards, preserved_random_state, shard_indices
+from .features import preserved_random_state
+from .ranks import gather_shards, shard_indices
 
 
 def raw_pixels(images: Dataset, size: int = 16) -> Tensor:

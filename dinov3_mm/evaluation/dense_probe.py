@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .images import ImageSet, patch_labels
-from .metrics import IGNORE_INDEX, confusion_matrix, iou_per_class, segmentation_metrics
-from .ridge import RidgeStatistics
+from .metrics import IGNORE_INDEX, count_pairs, iou_per_class, segmentation_metrics
+from .ranks import Sharing
+from .ridge import ROW_CHUNK, RidgeStatistics
 
 RIDGE_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 BALANCE_GRID = (0.0, 0.5, 1.0)
+# Bounds the memory of the logits at the size of the masks.
+_IMAGES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class PatchClassifier:
         return features @ self.weight + self.bias
 
 
-def stack_masks(images: ImageSet) -> Tensor:
-    """Masks of a whole set in the geometry of its images, (N, S, S) uint8.
+def stack_masks(images: ImageSet, rows: slice = slice(None)) -> Tensor:
+    """Masks of a set, or of some of its rows, in the geometry of its images, (N, S, S) uint8.
 
     Raises:
         TypeError: if the source has no ``semantic_mask(i)``.
@@ -78,15 +81,16 @@ def stack_masks(images: ImageSet) -> Tensor:
             "with semantic masks"
         )
     size = images.image_size
-    masks = torch.empty(len(images), size, size, dtype=torch.uint8)
-    for index in range(len(images)):
+    indices = range(len(images))[rows]
+    masks = torch.empty(len(indices), size, size, dtype=torch.uint8)
+    for row, index in enumerate(indices):
         mask = images.mask(index)
         if mask.min() < 0 or mask.max() > IGNORE_INDEX:
             raise ValueError(
                 f"mask {index} spans [{mask.min()}, {mask.max()}], expected labels in "
                 f"[0, {IGNORE_INDEX - 1}] and {IGNORE_INDEX} for ignored pixels"
             )
-        masks[index] = mask
+        masks[row] = mask
     return masks
 
 
@@ -99,6 +103,7 @@ def fit_patch_classifier(
     ridges: Sequence[float] = RIDGE_GRID,
     balances: Sequence[float] = BALANCE_GRID,
     validation_share: float = 0.2,
+    shared: bool = False,
 ) -> PatchClassifier:
     """Fit a ridge classifier on patches; its hyper-parameters are chosen on a part of the images.
 
@@ -108,13 +113,16 @@ def fit_patch_classifier(
     patch by (class frequency)^-b.
 
     Args:
-        patches: (N, P, D) features of N training images.
+        patches: (N, P, D) features of N training images, on the device that computes.
         labels: (N, P) int64 majority labels, 255 ignored.
         num_classes: C.
         normalization: ``'standardize'`` or ``'l2'`` (unit length per patch).
         ridges: candidate strengths, relative to the weighted feature variance.
         balances: candidate exponents, 0 for no and 1 for full balancing.
         validation_share: in (0, 1).
+        shared: each rank gives its own images only, those of
+            :func:`~dinov3_mm.evaluation.ranks.share_of`; sums over all of them decide, so that
+            every rank gets the classifier that one process would get, to rounding.
     """
     if normalization not in ("standardize", "l2"):
         raise ValueError(f"normalization must be 'standardize' or 'l2', got {normalization!r}")
@@ -123,33 +131,47 @@ def fit_patch_classifier(
             f"patches {tuple(patches.shape)} and labels {tuple(labels.shape)} must agree in images "
             "and patches per image"
         )
-    held = max(1, round(len(patches) * validation_share))
-    if len(patches) - held < 1:
-        raise ValueError(f"need at least two images to choose the ridge on, got {len(patches)}")
-    order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
-    offset, scale = _statistics(patches, normalization)
-    parts = []
-    for part in (order[:-held], order[-held:]):
-        keep = labels[part] != IGNORE_INDEX
-        features = _normalized(patches[part][keep], normalization, offset, scale)
-        parts.append((features, labels[part][keep]))
-    if not len(parts[0][1]) or not len(parts[1][1]):
+    ranks = Sharing(shared)
+    images, counts = ranks.add(torch.tensor(len(patches)), _counts(labels, num_classes))
+    is_held = _held_out(int(images), validation_share)[ranks.rows(int(images))]
+    offset, scale = _statistics(patches, normalization, ranks)
+    keep = labels != IGNORE_INDEX
+    chosen = [keep & ~is_held[:, None], keep & is_held[:, None]]
+    if not all(ranks.add(torch.stack([part.sum() for part in chosen]))[0].tolist()):
         raise ValueError("the training or the held-out images have no labelled patch")
+    # Rows are chosen where the labels are, on the host: the device need not wait for their number.
+    rows = [part.flatten().nonzero()[:, 0].to(patches.device) for part in chosen]
+    flat = patches.flatten(0, 1)
+    parts = [
+        (_normalized(flat[own], normalization, offset, scale), labels[part].to(patches.device))
+        for own, part in zip(rows, chosen)
+    ]
+    weights = [_class_weights(counts, balance) for balance in balances]
+    sums = ranks.meet(
+        "the probe's sums",
+        lambda: [[RidgeStatistics.of_classes(*part, w) for part in parts] for w in weights],
+    )
+    sums = [[part.over(ranks) for part in pair] for pair in sums]
+    candidates = [(balance, ridge) for balance in range(len(balances)) for ridge in ridges]
+    solutions = _solve([(sums[balance][0], ridge) for balance, ridge in candidates], ranks)
     held_features, held_labels = parts[1]
-    best_miou = -1.0
-    for balance in balances:
-        class_weights = _class_weights(labels, num_classes, balance)
-        fit, rest = (RidgeStatistics.of_classes(x, y, class_weights) for x, y in parts)
-        for ridge in ridges:
-            weight, bias = _solve(fit, ridge)
-            predictions = (held_features @ weight + bias).argmax(dim=1)
-            confusion = confusion_matrix(predictions, held_labels, num_classes)
-            miou = segmentation_metrics(confusion)["mIoU"]
-            if miou > best_miou:
-                best_miou, best = miou, (ridge, balance, fit + rest)
-    ridge, balance, everything = best
-    weight, bias = _solve(everything, ridge)
-    return PatchClassifier(normalization, offset, scale, weight, bias, ridge, balance)
+
+    def judge() -> Tensor:
+        return torch.stack(
+            [
+                count_pairs((held_features @ w + b).argmax(dim=1), held_labels, num_classes)
+                for w, b in solutions
+            ]
+        )
+
+    (confusions,) = ranks.add(ranks.meet("the probe's validation", judge))
+    mious = [segmentation_metrics(confusion)["mIoU"] for confusion in confusions.cpu()]
+    # The first of equals; NaN, without any labelled class, is below all.
+    best = max(range(len(mious)), key=lambda i: (mious[i] == mious[i], mious[i]))
+    balance, ridge = candidates[best]
+    fit, rest = sums[balance]
+    ((weight, bias),) = _solve([(fit + rest, ridge)], ranks)
+    return PatchClassifier(normalization, offset, scale, weight, bias, ridge, balances[balance])
 
 
 def dense_linear_probe(
@@ -162,19 +184,22 @@ def dense_linear_probe(
     normalization: str = "standardize",
     ridges: Sequence[float] = RIDGE_GRID,
     balances: Sequence[float] = BALANCE_GRID,
+    shared: bool = False,
 ) -> DenseProbeResult:
     """Train a linear patch classifier on one set of images and score it on another.
 
     Args:
-        train_patches, test_patches: (N, P, D) patch features of square images, row-major.
+        train_patches, test_patches: (N, P, D) patch features of square images, row-major, on the
+            device that computes.
         train_masks, test_masks: (N, S, S) integer masks, 255 ignored.
         num_classes: C, background included.
-        normalization, ridges, balances: see `fit_patch_classifier`.
+        normalization, ridges, balances, shared: see `fit_patch_classifier`.
     """
-    side, patch_size = _patch_grid(test_patches, test_masks)
-    _, train_patch_size = _patch_grid(train_patches, train_masks)
-    train_labels = patch_labels(train_masks.long(), train_patch_size, num_classes).flatten(1)
-    test_labels = patch_labels(test_masks.long(), patch_size, num_classes).flatten(1)
+    ranks = Sharing(shared)
+    train_labels, test_labels, side = ranks.meet(
+        "the probe's labels",
+        lambda: _label(train_patches, train_masks, test_patches, test_masks, num_classes),
+    )
     classifier = fit_patch_classifier(
         train_patches,
         train_labels,
@@ -182,21 +207,20 @@ def dense_linear_probe(
         normalization=normalization,
         ridges=ridges,
         balances=balances,
+        shared=shared,
     )
-    by_patch = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    by_pixel = torch.zeros_like(by_patch)
-    for patches, labels, masks in zip(
-        test_patches.split(64), test_labels.split(64), test_masks.split(64)
-    ):
-        logits = classifier.logits(patches)  # (B, P, C)
-        by_patch += confusion_matrix(logits.argmax(dim=2), labels, num_classes)
-        maps = logits.transpose(1, 2).unflatten(2, (side, side))
-        maps = F.interpolate(maps, size=masks.shape[1:], mode="bilinear", align_corners=False)
-        by_pixel += confusion_matrix(maps.argmax(dim=1), masks.long(), num_classes)
-    majority = torch.bincount(train_labels[train_labels != IGNORE_INDEX]).argmax()
-    constant = confusion_matrix(
-        majority.expand_as(test_labels), test_labels, num_classes, IGNORE_INDEX
+    counted = ranks.meet(
+        "the probe's scores",
+        lambda: _confusions(classifier, test_patches, test_labels, test_masks, side, num_classes),
     )
+    by_patch, by_pixel, train_counts, test_counts = (
+        counts.cpu()
+        for counts in ranks.add(
+            *counted, _counts(train_labels, num_classes), _counts(test_labels, num_classes)
+        )
+    )
+    constant = torch.zeros_like(by_patch)
+    constant[:, train_counts.argmax()] = test_counts
     patch, pixel = segmentation_metrics(by_patch), segmentation_metrics(by_pixel)
     return DenseProbeResult(
         patch_miou=100 * patch["mIoU"],
@@ -208,6 +232,45 @@ def dense_linear_probe(
         balance=classifier.balance,
         class_iou=tuple(100 * v for v in iou_per_class(by_pixel).tolist()),
     )
+
+
+def _label(
+    train_patches: Tensor,
+    train_masks: Tensor,
+    test_patches: Tensor,
+    test_masks: Tensor,
+    num_classes: int,
+) -> tuple[Tensor, Tensor, int]:
+    """Majority labels (N, P) of both sets, and the patches per side of a test image."""
+    side, patch_size = _patch_grid(test_patches, test_masks)
+    _, train_patch_size = _patch_grid(train_patches, train_masks)
+    labels = (
+        patch_labels(masks.long(), size, num_classes).flatten(1)
+        for masks, size in ((train_masks, train_patch_size), (test_masks, patch_size))
+    )
+    return *labels, side
+
+
+def _confusions(
+    classifier: PatchClassifier,
+    patches: Tensor,
+    labels: Tensor,
+    masks: Tensor,
+    side: int,
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Confusion matrices by patch and by pixel, where the patches are."""
+    device = patches.device
+    by_patch = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    by_pixel = torch.zeros_like(by_patch)
+    for start in range(0, len(patches), _IMAGES_AT_ONCE):
+        part = slice(start, start + _IMAGES_AT_ONCE)
+        logits = classifier.logits(patches[part])  # (B, P, C)
+        by_patch += count_pairs(logits.argmax(dim=2), labels[part].to(device), num_classes)
+        maps = logits.transpose(1, 2).unflatten(2, (side, side))
+        maps = F.interpolate(maps, size=masks.shape[1:], mode="bilinear", align_corners=False)
+        by_pixel += count_pairs(maps.argmax(dim=1), masks[part].to(device), num_classes)
+    return by_patch, by_pixel
 
 
 def _patch_grid(patches: Tensor, masks: Tensor) -> tuple[int, int]:
@@ -224,11 +287,29 @@ def _patch_grid(patches: Tensor, masks: Tensor) -> tuple[int, int]:
     return side, size // side
 
 
-def _statistics(patches: Tensor, normalization: str) -> tuple[Tensor, Tensor]:
+def _held_out(images: int, share: float) -> Tensor:
+    """(N,) bool, the images on which the ridge is chosen."""
+    held = max(1, round(images * share))
+    if images - held < 1:
+        raise ValueError(f"need at least two images to choose the ridge on, got {images}")
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
+    return torch.zeros(images, dtype=torch.bool).index_fill_(0, order[-held:], True)
+
+
+def _statistics(patches: Tensor, normalization: str, ranks: Sharing) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (D,) over the patches of all images, 0 and 1 for 'l2'."""
     dims = patches.shape[-1]
     if normalization == "l2":
         return patches.new_zeros(dims), patches.new_ones(dims)
-    deviation, mean = torch.std_mean(patches.flatten(0, -2), dim=0, correction=0)
+    rows = patches.flatten(0, -2).split(ROW_CHUNK)
+    total = torch.zeros(dims, dtype=torch.float64, device=patches.device)
+    count, total = ranks.add(
+        torch.tensor(patches.shape[:-1].numel()), sum((r.double().sum(0) for r in rows), total)
+    )
+    mean = total / int(count)
+    squares = sum(((r - mean).square().sum(0) for r in rows), torch.zeros_like(mean))
+    (squares,) = ranks.add(squares)
+    deviation, mean = (squares / int(count)).sqrt().float(), mean.float()
     # A feature without any spread stays at zero instead of becoming amplified rounding noise.
     floor = 1e-6 * mean.abs() + torch.finfo(torch.float32).tiny
     return mean, torch.where(deviation > floor, deviation, torch.full_like(mean, torch.inf))
@@ -240,14 +321,36 @@ def _normalized(patches: Tensor, normalization: str, offset: Tensor, scale: Tens
     return (patches - offset) / scale
 
 
-def _class_weights(labels: Tensor, num_classes: int, balance: float) -> Tensor:
+def _counts(labels: Tensor, num_classes: int) -> Tensor:
+    """(C,) int64, patches of each class."""
+    return torch.bincount(labels[labels != IGNORE_INDEX], minlength=num_classes)
+
+
+def _class_weights(counts: Tensor, balance: float) -> Tensor:
     """(class share * C)^-balance for each class: 1 everywhere for equally frequent classes."""
-    counts = torch.bincount(labels[labels != IGNORE_INDEX], minlength=num_classes).double()
-    return (counts.clamp_min(1) * num_classes / counts.sum()).pow(-balance)
+    counts = counts.double()
+    return (counts.clamp_min(1) * len(counts) / counts.sum()).pow(-balance)
 
 
-def _solve(statistics: RidgeStatistics, ridge: float) -> tuple[Tensor, Tensor]:
-    """fp32 solution for a strength relative to the feature variance."""
-    scale = max(statistics.mean_variance, torch.finfo(torch.float64).tiny)
-    weight, bias = statistics.solve(ridge * statistics.weight * scale)
-    return weight.float(), bias.float()
+def _solve(
+    tasks: Sequence[tuple[RidgeStatistics, float]], ranks: Sharing
+) -> list[tuple[Tensor, Tensor]]:
+    """fp32 solutions (D, C) and (C,) for strengths relative to the feature variance.
+
+    Every rank solves some of the tasks, and all go on with the same numbers.
+    """
+
+    def own() -> Tensor:
+        solutions = []
+        for number, (statistics, ridge) in enumerate(tasks):
+            dims, classes = statistics.cross.shape
+            if not ranks.mine(number):
+                solutions.append(statistics.cross.new_zeros(dims + 1, classes).float())
+                continue
+            scale = statistics.mean_variance.clamp_min(torch.finfo(torch.float64).tiny)
+            weight, bias = statistics.solve(ridge * statistics.weight * scale)
+            solutions.append(torch.cat((weight, bias[None])).float())
+        return torch.stack(solutions)
+
+    (solved,) = ranks.add(ranks.meet("the probe's solution", own))
+    return [(solution[:-1], solution[-1]) for solution in solved]

@@ -7,15 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather, get_dist_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dinov3_mm.models.pretraining.preprocessor import IMAGENET_MEAN, IMAGENET_STD
 
+from .ranks import gather_shards, shard_indices, share_of, together
+
 
 class Features(NamedTuple):
-    """fp32 features on the CPU, in the order of the image set.
+    """fp32 features in the order of the image set.
 
     Attributes:
         cls: (N, D) CLS tokens.
@@ -63,6 +64,8 @@ def extract_features(
     batch_size: int = 64,
     num_workers: int = 0,
     amp_dtype: torch.dtype | None = None,
+    device: str | torch.device | None = "cpu",
+    gather: bool = True,
 ) -> Features:
     """Features of all images from a backbone with ``forward_tokens``.
 
@@ -75,41 +78,84 @@ def extract_features(
         images: (C, S, S) tensors by index, uint8 or float32 in 0..255, e.g. an `ImageSet`.
         mean, std: per-channel statistics in [0, 1], those the backbone was trained with
             (:func:`dinov3_mm.checkpoints.read_statistics`).
-        patches: also return all patch tokens (N * P * D * 4 bytes of host memory on every rank).
+        patches: also return all patch tokens (N * P * D * 4 bytes of memory on every rank, over
+            the number of ranks without ``gather``).
         batch_size: images per forward of one rank.
         num_workers: loading processes; 0 loads in this process.
         amp_dtype: autocast to this dtype (``torch.bfloat16``); None runs in the parameters' dtype.
+        device: where the features are kept; None for the backbone's, with which nothing is copied
+            to the host.
+        gather: give every rank all rows; False leaves each its own, those of
+            :func:`~dinov3_mm.evaluation.ranks.share_of`.
 
     Raises:
         ValueError: if images, statistics and backbone are for different numbers of channels.
+        OtherRankError: if another rank could not read or describe its images.
     """
+    options = (mean, std, patches, batch_size, num_workers, amp_dtype, device)
+    own = together("extraction", lambda: _own_rows(backbone, images, *options))
+    if not gather:
+        count = len(share_of(len(images)))
+        return Features(*[None if c is None else c[:count] for c in own])
+    return Features(*[None if c is None else gather_shards(c, len(images)) for c in own])
+
+
+@torch.no_grad()
+def _own_rows(
+    backbone: nn.Module,
+    images: Dataset,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patches: bool,
+    batch_size: int,
+    num_workers: int,
+    amp_dtype: torch.dtype | None,
+    kept_on: str | torch.device | None,
+) -> Features:
+    """Features of this rank's images, those repeated at the end included."""
     device = next(backbone.parameters()).device
-    indices = shard_indices(len(images))
+    kept_on = device if kept_on is None else torch.device(kept_on)
+    on_gpu = device.type == "cuda"
     loader = DataLoader(
-        _Subset(images, indices),
+        _Subset(images, shard_indices(len(images))),
         batch_size=batch_size,
         num_workers=num_workers,
+        pin_memory=on_gpu,
         generator=torch.Generator(),  # else the loader draws its seed from the global generator
     )
     offset = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
     scale = 1 / (torch.tensor(std, device=device).view(-1, 1, 1) * 255)
     autocast = torch.autocast(device.type, amp_dtype) if amp_dtype else nullcontext()
     parts: list[Features] = []
-    with torch.no_grad(), evaluating(backbone), autocast:
-        for batch in loader:
+    batches, error = iter(loader), None
+    with evaluating(backbone), autocast:
+        for _ in range(len(loader)):
+            if error is None:
+                try:
+                    batch = next(batches)
+                except Exception as caught:  # raised below
+                    # The forwards of a sharded backbone are collectives: the others wait for them.
+                    batch, error = _blank(backbone, len(mean)), caught
             _check_channels(batch, mean, std, backbone)
-            batch = batch.to(device).float().sub_(offset).mul_(scale)
-            tokens = backbone.forward_tokens(batch)
+            pixels = batch.to(device, non_blocking=on_gpu).float().sub_(offset).mul_(scale)
+            tokens = backbone.forward_tokens(pixels)
             features = tokens.patches.float()
             parts.append(
                 Features(
-                    tokens.cls.float().cpu(),
-                    features.mean(dim=1).cpu(),
-                    features.cpu() if patches else None,
+                    tokens.cls.float().to(kept_on),
+                    features.mean(dim=1).to(kept_on),
+                    features.to(kept_on) if patches else None,
                 )
             )
-    columns = [torch.cat(c) if c[0] is not None else None for c in zip(*parts)]
-    return Features(*[None if c is None else gather_shards(c, len(images)) for c in columns])
+    if error is not None:
+        raise error
+    return Features(*[torch.cat(c) if c[0] is not None else None for c in zip(*parts)])
+
+
+def _blank(backbone: nn.Module, channels: int) -> Tensor:
+    """One image of a patch, for forwards whose results do not count."""
+    side = getattr(backbone, "token_stride", 32)
+    return torch.zeros(1, channels, side, side, dtype=torch.uint8)
 
 
 def _check_channels(
@@ -123,20 +169,6 @@ def _check_channels(
             f"and the backbone takes {taken} channels: give the statistics that the backbone was "
             "trained with (read_statistics(FILE)) and images of as many channels"
         )
-
-
-def shard_indices(total: int) -> list[int]:
-    """This rank's contiguous share of ``range(total)``, equally long on all (the last repeats)."""
-    rank, world_size = get_dist_info()
-    share = -(-total // world_size)
-    return [min(index, total - 1) for index in range(rank * share, (rank + 1) * share)]
-
-
-def gather_shards(values: Tensor, total: int) -> Tensor:
-    """All ranks' rows for `shard_indices` in order, without the repetitions: (total, ...)."""
-    if get_dist_info()[1] == 1:
-        return values
-    return torch.cat(all_gather(values))[:total]
 
 
 class _Subset(Dataset):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .metrics import top_k_accuracy
+from .ranks import Sharing
 
 # Rows of a similarity block: queries x references never exceeds 4 M values (16 MB in fp32).
 QUERY_CHUNK = 512
@@ -108,10 +108,10 @@ def knn_scores(
     weights = F.softmax(similarity / temperature, dim=1)
     if train_labels.ndim == 1:
         classes = int(num_classes or train_labels.max() + 1)
-        votes = train_labels.long()[indices]  # (Q, K)
+        votes = train_labels.to(indices.device, torch.long)[indices]  # (Q, K)
     else:
         classes = train_labels.shape[1]
-        votes = train_labels.float()[indices]  # (Q, K, C)
+        votes = train_labels.to(indices.device, torch.float32)[indices]  # (Q, K, C)
     scores, total, done = {}, weights.new_zeros(len(weights), classes), 0
     for k in ks:
         part = slice(done, k)
@@ -123,6 +123,42 @@ def knn_scores(
     return scores
 
 
+def knn_hits(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    ks: Sequence[int],
+    num_classes: int,
+    temperature: float = 0.07,
+) -> Tensor:
+    """How many test rows have their class first, and among the first five, by neighbourhood size.
+
+    Nothing is read back from the device.
+
+    Args:
+        train_features, train_labels, test_features, ks, num_classes, temperature: see `knn_scores`.
+        test_labels: (Q,) class indices; Q may be 0.
+
+    Returns:
+        (sizes, 2) int64, in the order of `knn_scores`.
+    """
+    scores = knn_scores(
+        train_features,
+        train_labels,
+        test_features,
+        ks=ks,
+        num_classes=num_classes,
+        temperature=temperature,
+    )
+    targets = test_labels.to(test_features.device)[:, None]
+    hits = []
+    for score in scores.values():
+        best = (score.topk(min(k, num_classes), dim=1).indices for k in (1, 5))
+        hits += [(found == targets).sum() for found in best]
+    return torch.stack(hits).view(-1, 2)
+
+
 def knn_classify(
     train_features: Tensor,
     train_labels: Tensor,
@@ -132,32 +168,51 @@ def knn_classify(
     temperature: float = 0.07,
     *,
     num_classes: int | None = None,
+    shared: bool = False,
 ) -> dict[int, KNNScore]:
     """Top-1 (and top-5 from five classes on) accuracy in percent for each ``k``.
 
     Labels are (N,) class indices. See `knn_scores` for the voting rule.
 
+    Args:
+        train_features, test_features: (R, D) and (Q, D) on one device, where everything is
+            computed; only the final counts are read back.
+        train_labels, test_labels: of all rows.
+        k, temperature, num_classes: see `knn_scores`.
+        shared: every rank holds all rows and classifies its share of the test rows; the counts are
+            added up, so that all ranks get the result that one process would get.
+
     Raises:
         ValueError: if numbers of features and labels differ, or a set is empty.
     """
+    if test_features.ndim != 2 or len(test_features) != len(test_labels) or not len(test_labels):
+        raise ValueError(
+            f"test features {tuple(test_features.shape)} must be (samples, features), not empty, "
+            f"with one label each, got {tuple(test_labels.shape)}"
+        )
     if num_classes is None:
         num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    scores = knn_scores(
-        train_features,
-        train_labels,
-        test_features,
-        ks=(k,) if isinstance(k, int) else k,
-        num_classes=num_classes,
-        temperature=temperature,
-    )
-    test_labels = test_labels.to(test_features.device)
-    return {
-        size: KNNScore(
-            k=size,
-            top1=100 * top_k_accuracy(score, test_labels),
-            top5=100 * top_k_accuracy(score, test_labels, 5) if num_classes >= 5 else None,
+    ks = (k,) if isinstance(k, int) else k
+    ranks, total = Sharing(shared), len(test_labels)
+    own = ranks.rows(total)
+
+    def count() -> Tensor:
+        return knn_hits(
+            train_features,
+            train_labels,
+            test_features[own],
+            test_labels[own],
+            ks,
+            num_classes,
+            temperature,
         )
-        for size, score in scores.items()
+
+    (hits,) = ranks.add(ranks.meet("k-NN", count))
+    sizes = sorted({min(int(size), len(train_features)) for size in ks})
+    shares = [[100 * (count / total) for count in pair] for pair in hits.tolist()]
+    return {
+        size: KNNScore(size, first, five if num_classes >= 5 else None)
+        for size, (first, five) in zip(sizes, shares, strict=True)
     }
 
 

@@ -59,15 +59,24 @@ def confusion_matrix(
             "the same shape"
         )
     keep = targets != ignore_index
-    predictions, targets = predictions[keep].long(), targets[keep].long()
-    for name, values in (("prediction", predictions), ("target", targets)):
+    for name, values in (("prediction", predictions[keep]), ("target", targets[keep])):
         if values.numel() and not (values.min() >= 0 and values.max() < num_classes):
             raise ValueError(
                 f"{name} labels span [{values.min()}, {values.max()}], expected "
                 f"[0, {num_classes - 1}] or the ignore index {ignore_index}"
             )
-    pairs = targets * num_classes + predictions
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    return count_pairs(predictions, targets, num_classes, ignore_index)
+
+
+def count_pairs(
+    predictions: Tensor, targets: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """`confusion_matrix` of values that were checked before, which need not be read for it."""
+    pairs = targets.long() * num_classes + predictions.long()
+    # One more cell, for the positions that are left out: choosing rows would wait for the device.
+    pairs = torch.where(targets == ignore_index, num_classes**2, pairs).flatten()
+    counts = pairs.new_zeros(num_classes**2 + 1).index_add_(0, pairs, torch.ones_like(pairs))
+    return counts[:-1].view(num_classes, num_classes)
 
 
 def segmentation_metrics(confusion: Tensor) -> dict[str, float]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .images import CachedImages, ImageSource, to_chw
 from .knn import nearest_neighbours
+from .ranks import Sharing
 
 
 class RandomViews(CachedImages):
@@ -88,17 +89,25 @@ def _random_colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return values.astype(image.dtype)
 
 
-def two_crop_retrieval(first: Tensor, second: Tensor) -> float:
+def two_crop_retrieval(first: Tensor, second: Tensor, *, shared: bool = False) -> float:
     """Top-1 in percent: first views whose nearest second view (cosine) is that of the same image.
 
     Args:
         first, second: (N, D) features of the two views, image by image. Chance is 100 / N.
+        shared: every rank holds all rows and looks for its share of the first views; the counts are
+            added up.
     """
     if first.shape != second.shape or len(first) < 2:
         raise ValueError(
             f"need two equal (N, D) matrices with N >= 2, got {tuple(first.shape)} and "
             f"{tuple(second.shape)}"
         )
-    _, nearest = nearest_neighbours(first, second, 1)
-    own = torch.arange(len(first), device=first.device)
-    return 100 * (nearest[:, 0] == own).double().mean().item()
+    ranks = Sharing(shared)
+    own = ranks.rows(len(first))
+
+    def count() -> Tensor:
+        _, nearest = nearest_neighbours(first[own], second, 1)
+        return (nearest[:, 0] == torch.arange(own.start, own.stop, device=first.device)).sum()
+
+    (hits,) = ranks.add(ranks.meet("retrieval", count))
+    return 100 * (hits.item() / len(first))

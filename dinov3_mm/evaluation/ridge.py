@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ranks import Sharing
+
 ROW_CHUNK = 65536
 
 
@@ -16,7 +18,7 @@ class RidgeStatistics:
     pass over the features.
     """
 
-    weight: float  # sum of the sample weights w
+    weight: Tensor  # () sum of the sample weights w
     feature_sum: Tensor  # (D,) sum of w x
     target_sum: Tensor  # (C,) sum of w y
     gram: Tensor  # (D, D) sum of w x x^T
@@ -41,8 +43,9 @@ class RidgeStatistics:
             weighted = rows * class_weights[classes, None].to(rows)
             gram += (rows.T @ weighted).double()
             cross += rows.new_zeros(num_classes, dims).index_add_(0, classes, weighted).double()
-        counts = torch.bincount(labels, minlength=num_classes) * class_weights.double()
-        return cls(counts.sum().item(), cross.sum(dim=0), counts, gram, cross.T)
+        own = class_weights.to(features.device, torch.float64)
+        counts = torch.zeros_like(own).index_add_(0, labels, own[labels])
+        return cls(counts.sum(), cross.sum(dim=0), counts, gram, cross.T)
 
     def __add__(self, other: "RidgeStatistics") -> "RidgeStatistics":
         return RidgeStatistics(
@@ -53,13 +56,18 @@ class RidgeStatistics:
             self.cross + other.cross,
         )
 
+    def over(self, ranks: Sharing) -> "RidgeStatistics":
+        """The sum over ranks that share the samples."""
+        parts = (self.weight, self.feature_sum, self.target_sum, self.gram, self.cross)
+        return RidgeStatistics(*ranks.add(*parts))
+
     @property
-    def mean_variance(self) -> float:
+    def mean_variance(self) -> Tensor:
         """Weighted variance of the features, averaged over the D of them."""
         mean = self.feature_sum / self.weight
-        return (self.gram.diagonal() / self.weight - mean.square()).clamp_min(0).mean().item()
+        return (self.gram.diagonal() / self.weight - mean.square()).clamp_min(0).mean()
 
-    def solve(self, alpha: float) -> tuple[Tensor, Tensor]:
+    def solve(self, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
         """Minimise sum of w |y - xW - b|^2 + alpha |W|^2: weights (D, C) and intercept (C,)."""
         mean, target_mean = self.feature_sum / self.weight, self.target_sum / self.weight
         covariance = self.gram - self.weight * torch.outer(mean, mean)

@@ -187,7 +187,36 @@ def test_bf16_is_autocast_and_the_module_stays_as_it_was(tmp_path):
     stored = FeatureExtractor(tmp_path / "w.safetensors", image_size=32, dtype="bf16")
     assert torch.equal(stored(images).cls, half.cls)
     with pytest.raises(ValueError, match=r"parameters are torch.bfloat16, dtype is 'fp32'"):
-        toy_extractor(toy_backbone().bfloat16())
+        toy_extractor(toy_backbone().bfloat16(), dtype="fp32")
+    assert toy_extractor(toy_backbone().bfloat16()).dtype == "bf16"
+
+
+def test_bf16_is_near_fp32_in_direction_and_norms_stay_fp32(tmp_path):
+    path = export_backbone(toy_backbone(), tmp_path / "w.safetensors", {"statistics": STATISTICS})
+    exact, half = (FeatureExtractor(path, image_size=32, dtype=d) for d in ("fp32", "bf16"))
+    images = toy_pictures(6)
+    for name in ("cls", "patches", "registers"):
+        pair = getattr(exact(images), name), getattr(half(images), name)
+        cosine = torch.nn.functional.cosine_similarity(*pair, dim=-1)
+        # Rounding to 8 bits in each of two blocks of redrawn weights; a wrong one is far below.
+        assert cosine.min() > 0.999, (name, cosine.min())
+    dtypes = {name: p.dtype for name, p in half.backbone.named_parameters()}
+    assert dtypes["blocks.0.attn.qkv.weight"] == torch.bfloat16
+    assert {d for name, d in dtypes.items() if "norm" in name} == {torch.float32}
+    assert half.backbone.rope_embed.periods.dtype == torch.float32
+    # The same weights: rounding them for the products is no other model.
+    assert half.describe() == exact.describe()
+    assert (half.options["dtype"], exact.options["dtype"]) == ("bf16", "fp32")
+
+
+def test_auto_follows_the_device_and_fp16_is_refused():
+    extractor = toy_extractor()
+    assert extractor.dtype == extractor.options["dtype"] == "fp32"
+    assert extractor.choice == "fp32 (auto: cpu)"
+    with pytest.raises(ValueError, match=r"'fp16', which is refused: activations .* take 'bf16'"):
+        toy_extractor(dtype="fp16")
+    with pytest.raises(ValueError, match="did you mean 'bf16'"):
+        toy_extractor(dtype="b16")
 
 
 def test_modes_gradients_and_memory_are_left_alone():
@@ -250,7 +279,7 @@ def test_names(tmp_path, monkeypatch):
         ({"layers": 3}, "expected a number of blocks"),
         ({"layers": "four_even"}, "at least 4, the backbone has 2"),
         ({"layers": "last"}, "expected a number, block indices or 'four_even'"),
-        ({"dtype": "fp16"}, "expected fp32 or bf16"),
+        ({"dtype": "fp16"}, "'fp16', which is refused"),
         ({"mean": (0.5,), "std": (0.5,)}, "takes 3 channels, mean and std have 1"),
         ({"std": None}, "pass both"),
         ({"std": (1, 1, 0)}, "std above 0"),

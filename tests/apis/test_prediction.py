@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinov3_mm.checkpoints import export_backbone
-from dinov3_mm.engine import ConfigError
+from dinov3_mm.engine import ConfigError, read_config
 from tests.checkpoints.toys import quickstart_backbone
 from tests.hosts.lane import require_hosts
 
@@ -171,3 +171,31 @@ def test_overlays():
     depth = np.array([[1.0, 2.0, np.nan, 0.0]])
     near, far, *unknown = colour_depth(depth, 1, 2)[0].astype(int).sum(-1)
     assert near > 600 and far < 20 and unknown == [0, 0]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_bf16_is_near_fp32_and_said(job, models, weights, images):
+    """Autocast as on a GPU, on the CPU; what comes out has the dtypes of fp32."""
+    torch.manual_seed(0)
+    half = load_model(CONFIGS / f"{job}.py", weights=weights, device="cpu", dtype="bf16")
+    assert (half.dtype, half.choice) == ("bf16", "bf16 (as asked)")
+    assert (models[job].dtype, models[job].choice) == ("fp32", "fp32 (auto: cpu)")
+    half.module.load_state_dict(models[job].module.state_dict())
+    _, pixels = images
+    for exact, rounded in zip(JOBS[job](models[job], pixels), JOBS[job](half, pixels), strict=True):
+        check(job, rounded)
+        if job == "classification":
+            assert rounded.scores.dtype == np.float32
+            np.testing.assert_allclose(rounded.scores, exact.scores, atol=0.02)
+        elif job == "depth":
+            assert rounded.depth.dtype == np.float32
+            np.testing.assert_allclose(rounded.depth, exact.depth, rtol=0.02)
+
+
+def test_the_config_decides_unless_asked_and_fp16_is_refused(weights):
+    cfg = read_config(str(CONFIGS / "classification.py"))
+    cfg.compute_dtype = "bf16"
+    assert load_model(cfg, weights=weights, device="cpu").dtype == "bf16"
+    assert load_model(cfg, weights=weights, device="cpu", dtype="fp32").dtype == "fp32"
+    with pytest.raises(ValueError, match=r"fp16.*refused"):
+        load_model(cfg, weights=weights, device="cpu", dtype="fp16")

@@ -13,9 +13,9 @@ from dinov3_mm.evaluation.features import (
     evaluating,
     extract_features,
     preserved_random_state,
-    shard_indices,
 )
 from dinov3_mm.evaluation.images import ImageSet
+from dinov3_mm.evaluation.ranks import shard_indices
 from tests.evaluation.toys import ColourSquares, MeanColour
 
 

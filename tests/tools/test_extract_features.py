@@ -90,6 +90,20 @@ def test_options_reach_the_extractor(folder, weights, tmp_path):
     assert load_features(tmp_path / "t").index["settings"]["tile"] == [16, 0]
 
 
+def test_the_dtype_is_said_and_another_one_does_not_go_on(folder, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(command(folder, weights, out))
+    assert "computing in fp32 (auto: cpu)" in capsys.readouterr().out
+    assert load_features(out).index["settings"]["dtype"] == "fp32"
+    with pytest.raises(ValueError, match=r"dtype fp32 there, bf16 asked for.*; --dtype fp32 "):
+        main(command(folder, weights, out, "--dtype", "bf16"))
+    # Not the fingerprint: it is of the weights, whatever they are rounded to.
+    with pytest.raises(ValueError) as caught:
+        main(command(folder, weights, out, "--dtype", "bf16"))
+    assert "fingerprint" not in str(caught.value)
+    main(command(folder, weights, out, "--dtype", "fp32"))
+
+
 def test_sixteen_bit_bands(tmp_path):
     import tifffile
 
@@ -159,7 +173,9 @@ def test_wrong_words(capsys):
     for options in (["--what", "patch"], ["--image-size", "big"], ["--dtype", "fp16"]):
         with pytest.raises(SystemExit):
             main(["x", "--weights", "w", "--out", "o", *options])
-    assert "expected 224, 480x640 or native, got 'big'" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "expected 224, 480x640 or native, got 'big'" in printed
+    assert "dtype is 'fp16', which is refused: activations" in printed
     assert image_size("native") == "native" and image_size("224") == 224
     assert image_size("480x640") == (480, 640)
 

@@ -18,4 +18,6 @@ optim_wrapper = dict(
 custom_imports = dict(imports=['dinov3_mm', 'dinov3_mm.models.detection'])
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=1, save_best='coco/bbox_mAP', rule='greater'))
 custom_hooks = [dict(type='FrozenBackboneHook'), dict(type='NumClassCheckHook')]
+# On a GPU products are in bf16 (autocast); losses, matching and linear probes stay in fp32. 'fp32' switches it off.
+compute_dtype = 'auto'
 randomness = dict(seed=0)

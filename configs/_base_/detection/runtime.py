@@ -7,4 +7,6 @@ default_hooks = dict(
     visualization=dict(type='DetVisualizationHook', draw=False),
 )
 custom_hooks = [dict(type='FrozenBackboneHook'), dict(type='NumClassCheckHook')]
+# On a GPU products are in bf16 (autocast); losses, matching and linear probes stay in fp32. 'fp32' switches it off.
+compute_dtype = 'auto'
 randomness = dict(seed=0)

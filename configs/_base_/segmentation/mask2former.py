@@ -55,6 +55,8 @@ env_cfg = dict(
     dist_cfg=dict(backend='nccl'),
 )
 visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
+# On a GPU products are in bf16 (autocast); losses, matching and linear probes stay in fp32. 'fp32' switches it off.
+compute_dtype = 'auto'
 randomness = dict(seed=0)
 
 # Several scales and flips: --tta of mmseg's tools, see docs/adapter.md.

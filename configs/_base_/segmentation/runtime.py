@@ -21,4 +21,6 @@ env_cfg = dict(
 )
 visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 log_processor = dict(by_epoch=False)
+# On a GPU products are in bf16 (autocast); losses, matching and linear probes stay in fp32. 'fp32' switches it off.
+compute_dtype = 'auto'
 randomness = dict(seed=100)

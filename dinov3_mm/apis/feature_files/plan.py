@@ -64,9 +64,12 @@ def check_same(found: dict[str, Any], asked: dict[str, Any], out: Path) -> None:
     """Raise ValueError if settings on disk are not those asked for, naming what differs."""
     differences = _differences(found, asked)
     if differences:
+        advice = ""
+        if found.get("dtype") != asked.get("dtype"):  # the same command may choose another one
+            advice = f"; --dtype {found.get('dtype')} computes as there, whatever the device"
         raise ValueError(
             f"{out} holds features of another run: {'; '.join(differences)}. Choose another --out, "
-            "repeat the earlier options, or delete it"
+            f"repeat the earlier options, or delete it{advice}"
         )
 
 

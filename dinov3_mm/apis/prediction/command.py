@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dinov3_mm.engine import ConfigError
+from dinov3_mm.engine.precision import AUTO, dtype_option
 
 from .jobs import classify, detect, estimate_depth, segment
 from .model import load_model
@@ -86,6 +87,12 @@ def run_demo(job: str, argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--head", metavar="FILE", help="file of a released head")
     parser.add_argument("--out-dir", default=demo.out_dir, help=f"default: {demo.out_dir}")
     parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument(
+        "--dtype",
+        default=AUTO,
+        type=dtype_option,
+        help="of computing: fp32, bf16, or auto: the config's; default",
+    )
     if job == "detection":
         parser.add_argument("--threshold", type=float, default=0.3, help="least score of a box")
     args = parser.parse_args(argv)
@@ -97,9 +104,12 @@ def run_demo(job: str, argv: Sequence[str] | None = None) -> None:
             weights=args.weights,
             head=args.head,
             device=args.device,
+            dtype=args.dtype,
         )
+        print(f"computing in {model.choice}", file=sys.stderr)
         for result in demo.run(model, args.inputs, out_dir=args.out_dir, **options):
-            print(json.dumps({"image": result.name, **demo.describe(result)}), flush=True)
+            record = {"image": result.name, "dtype": model.dtype, **demo.describe(result)}
+            print(json.dumps(record), flush=True)
     except (ConfigError, FileNotFoundError, ValueError) as error:
         sys.exit(f"demo: {error}")
     print(f"pictures: {args.out_dir}", file=sys.stderr)

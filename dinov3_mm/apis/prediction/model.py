@@ -16,6 +16,14 @@ from torch import nn
 
 from dinov3_mm.engine.config import read_config
 from dinov3_mm.engine.host_config import set_head, set_host_weights, settle_host
+from dinov3_mm.engine.precision import (
+    AUTO,
+    DTYPES,
+    asked_dtype,
+    autocast_parts,
+    choose_dtype,
+    describe_choice,
+)
 from dinov3_mm.engine.testing import load_model_weights
 
 # By class, the more special ones first.
@@ -38,6 +46,8 @@ class DownstreamModel:
         classes: names, empty where nothing states them (and for depth).
         palette: RGB colours, one a class; empty where nothing states them.
         scope: the host.
+        dtype: what it computes in, 'fp32' or 'bf16'; its weights and results are fp32.
+        choice: that in words, with the reason.
     """
 
     module: nn.Module
@@ -46,6 +56,8 @@ class DownstreamModel:
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     scope: str
+    dtype: str = "fp32"
+    choice: str = "fp32"
 
     @torch.no_grad()
     def predict(self, images: Sequence[np.ndarray]) -> list:
@@ -75,6 +87,7 @@ def load_model(
     weights: str | os.PathLike | None = None,
     head: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
+    dtype: str = AUTO,
 ) -> DownstreamModel:
     """Load a downstream model.
 
@@ -86,12 +99,16 @@ def load_model(
             leaves out.
         head: file of a released head.
         device: None takes a GPU if there is one.
+        dtype: 'fp32', 'bf16' (autocast of the parts with the large products), or 'auto': what the
+            config's ``compute_dtype`` says, and bf16 on a GPU and fp32 elsewhere where it says
+            nothing or 'auto' itself.
 
     Raises:
         ConfigError: weights or head that are not there, or that the config does not take.
         FileNotFoundError: no such checkpoint.
-        ValueError: tensors that do not fit.
+        ValueError: tensors that do not fit, or an unknown dtype; fp16 is refused.
     """
+    choose_dtype(dtype, "cpu")  # refuses an unknown one before weights are read
     cfg = copy.deepcopy(config) if isinstance(config, Config) else read_config(config)
     if weights is not None:
         set_host_weights(cfg, str(weights))
@@ -100,7 +117,9 @@ def load_model(
     if checkpoint is None:
         settle_host(cfg)
     scope = cfg.get("default_scope", "mmengine")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = (asked_dtype(cfg) or AUTO) if dtype == AUTO else dtype
+    computes = choose_dtype(asked, device)
     with DefaultScope.overwrite_default_scope(scope):
         module = MODELS.build(cfg.model)
         meta = load_model_weights(
@@ -114,7 +133,18 @@ def load_model(
     job = _job(module)
     classes = tuple(facts.get("classes") or ())
     palette = tuple(tuple(colour) for colour in facts.get("palette") or ())
-    return DownstreamModel(module.to(device).eval(), pipeline, job, classes, palette, scope)
+    if computes == "bf16":
+        autocast_parts(module, DTYPES[computes])
+    return DownstreamModel(
+        module.to(device).eval(),
+        pipeline,
+        job,
+        classes,
+        palette,
+        scope,
+        computes,
+        describe_choice(asked, computes, device),
+    )
 
 
 def _innermost(dataset: Config) -> Config:

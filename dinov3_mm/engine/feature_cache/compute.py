@@ -15,12 +15,19 @@ from torch import Tensor, nn
 
 from dinov3_mm.checkpoints import atomic_write
 from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.engine.precision import (
+    DTYPES,
+    SWITCH,
+    asked_dtype,
+    autocast_module,
+    choose_dtype,
+    describe_choice,
+)
 from dinov3_mm.suggest import hint
 
 from .origin import check_frozen, check_repeatable, differences, origin_of
 from .store import INDEX, shard_path, write_index, write_shard
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ORIGIN = "origin.json"
 # Files of a size that reads and copies well.
 _SHARD_BYTES = 256 * 2**20
@@ -44,7 +51,8 @@ def compute_cache(
         loader_cfg: the data loader whose data set is meant.
         folder: where to write.
         training: preprocess as in training.
-        dtype: of stored features, 'fp32' or 'bf16'; half the size with bf16.
+        dtype: of stored features, 'fp32' or 'bf16'; half the size with bf16. The backbone computes
+            in the config's ``compute_dtype``, as it does in training; the cache states both.
 
     Returns:
         Lines for the log, and the ``metainfo`` of the data set.
@@ -64,12 +72,17 @@ def compute_cache(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone, preprocessor = backbone.to(device).eval(), preprocessor.to(device)
     check_frozen(backbone, preprocessor)
-    origin = origin_of(cfg, loader_cfg["dataset"], backbone, dtype)
+    asked = asked_dtype(cfg) or "fp32"
+    computed = choose_dtype(asked, device)
+    origin = origin_of(cfg, loader_cfg["dataset"], backbone, dtype, computed)
     origin = json.loads(json.dumps(origin))  # tuples become lists, as in the file
     _check_same(folder, origin)
     if (folder / INDEX).is_file():
-        return [f"features of {len(dataset)} samples from {folder}"], dict(dataset.metainfo)
+        line = f"features of {len(dataset)} samples from {folder}: computed in {computed}"
+        return [f"{line}, stored as {dtype}"], dict(dataset.metainfo)
     check_repeatable(dataset, loader_cfg["dataset"].get("pipeline", []))
+    if computed == "bf16":
+        autocast_module(backbone, DTYPES[computed])
     worker = _Worker(backbone, preprocessor, dataset, training, DTYPES[dtype])
     per_shard = _samples_per_shard(worker.sample(0), len(dataset))
     _claim(folder, origin)
@@ -87,6 +100,7 @@ def compute_cache(
     barrier()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
     line = f"computed {description} into {folder}: {size:.2f} GiB, {dtype}"
+    line += f"; computed in {describe_choice(asked, computed, device)}"
     return [line], dict(dataset.metainfo)
 
 
@@ -139,11 +153,16 @@ def _samples_per_shard(sample: dict[str, Any], length: int) -> int:
 def _check_same(folder: Path, origin: dict[str, Any]) -> None:
     """Refuse a folder that is the place of another cache, complete or begun."""
     mark = folder / ORIGIN
-    changed = differences(json.loads(mark.read_text()), origin) if mark.is_file() else []
+    if not mark.is_file():
+        return
+    # Caches of earlier versions were computed in fp32 and do not say so.
+    found = {SWITCH: "fp32", **json.loads(mark.read_text())}
+    changed = differences(found, origin)
     if changed:
+        advice = f" ({SWITCH}={found[SWITCH]} goes on with it)" if changed == [SWITCH] else ""
         raise ConfigError(
             f"feature cache: {folder} was made from something else: {', '.join(changed)} differ; "
-            "give another folder, or remove it"
+            f"give another folder, or remove it{advice}"
         )
 
 

@@ -59,7 +59,9 @@ def _sounds_random(step: Mapping) -> bool:
     return any(word in name for word in words) and step.get("prob", 1) != 0
 
 
-def origin_of(cfg: Config, dataset_cfg: dict, backbone: nn.Module, dtype: str) -> dict[str, Any]:
+def origin_of(
+    cfg: Config, dataset_cfg: dict, backbone: nn.Module, dtype: str, compute_dtype: str
+) -> dict[str, Any]:
     """JSON values on which the content of a cache depends."""
     plain = Config({"dataset": dataset_cfg, "preprocessor": cfg.model.data_preprocessor})
     return {
@@ -72,6 +74,7 @@ def origin_of(cfg: Config, dataset_cfg: dict, backbone: nn.Module, dtype: str) -
             "final_norm": getattr(backbone, "final_norm", None),
         },
         "dtype": dtype,
+        "compute_dtype": compute_dtype,
     }
 
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 
+import torch
+from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, HOOKS
-from torch import nn
+from torch import Tensor, nn
 
 from dinov3_mm.evaluation.dense_probe import dense_linear_probe, stack_masks
 from dinov3_mm.evaluation.images import class_labels
 from dinov3_mm.evaluation.knn import chance_level, knn_classify
 from dinov3_mm.evaluation.rank import effective_rank
+from dinov3_mm.evaluation.ranks import Sharing, sum_over_ranks, together
 from dinov3_mm.evaluation.retrieval import RandomViews, two_crop_retrieval
 
 from .evaluation_base import FrozenFeatureHook
@@ -50,6 +53,7 @@ class KNNEvalHook(FrozenFeatureHook):
         if max(self.k) > len(self.train):
             raise ValueError(f"k={max(self.k)} exceeds the {len(self.train)} training images")
         self.chance = chance_level(*self.labels)
+        self.num_classes = int(max(labels.max() for labels in self.labels)) + 1
 
     def evaluate(self, backbone: nn.Module) -> dict[str, float]:
         """Top-1 (and top-5) in percent by token and k."""
@@ -58,13 +62,20 @@ class KNNEvalHook(FrozenFeatureHook):
         scores = {}
         for token, (references, queries) in pairs.items():
             results = knn_classify(
-                references, self.labels[0], queries, self.labels[1], self.k, self.temperature
+                references,
+                self.labels[0],
+                queries,
+                self.labels[1],
+                self.k,
+                self.temperature,
+                num_classes=self.num_classes,
+                shared=True,
             )
             for k, score in results.items():
                 scores[f"{token}_top1_k{k}"] = score.top1
                 if score.top5 is not None:
                     scores[f"{token}_top5_k{k}"] = score.top5
-        return {**scores, "effective_rank": effective_rank(test.cls), "chance": self.chance}
+        return {**scores, "effective_rank": _rank_of(test.cls), "chance": self.chance}
 
     def describe(self, scores: dict[str, float]) -> str:
         """One line of top-1 accuracies."""
@@ -108,13 +119,18 @@ class DenseProbeHook(FrozenFeatureHook):
     def prepare(self) -> None:
         """Build both sources and read their masks."""
         self.train, self.test = self.build_set(self.train_source), self.build_set(self.test_source)
-        self.masks = stack_masks(self.train), stack_masks(self.test)
+        self.masks = [
+            stack_masks(images, Sharing(True).rows(len(images)))
+            for images in (self.train, self.test)
+        ]
         self.num_classes = self.train.source.num_semantic_classes
 
     def evaluate(self, backbone: nn.Module) -> dict[str, float]:
         """Patch and pixel mIoU and accuracy in percent, and the chosen ridge."""
-        train = self.extract(backbone, self.train, patches=True).patches
-        test = self.extract(backbone, self.test, patches=True).patches
+        train, test = (
+            self.extract(backbone, images, patches=True, gather=False).patches
+            for images in (self.train, self.test)
+        )
         result = dense_linear_probe(
             train,
             self.masks[0],
@@ -122,6 +138,7 @@ class DenseProbeHook(FrozenFeatureHook):
             self.masks[1],
             self.num_classes,
             normalization=self.normalization,
+            shared=True,
         )
         scores = result.to_dict()
         del scores["class_iou"]
@@ -170,9 +187,9 @@ class RetrievalEvalHook(FrozenFeatureHook):
         """Top-1 in percent by token."""
         first, second = (self.extract(backbone, views) for views in self.views)
         return {
-            "cls_top1": two_crop_retrieval(first.cls, second.cls),
-            "patch_top1": two_crop_retrieval(first.mean_patch, second.mean_patch),
-            "effective_rank": effective_rank(first.cls),
+            "cls_top1": two_crop_retrieval(first.cls, second.cls, shared=True),
+            "patch_top1": two_crop_retrieval(first.mean_patch, second.mean_patch, shared=True),
+            "effective_rank": _rank_of(first.cls),
             "chance": 100 / len(first.cls),
         }
 
@@ -183,3 +200,12 @@ class RetrievalEvalHook(FrozenFeatureHook):
             f"{scores['patch_top1']:.1f} %; chance {scores['chance']:.2f} %; effective rank "
             f"{scores['effective_rank']:.1f}"
         )
+
+
+def _rank_of(features: Tensor) -> float:
+    """Effective rank of gathered features; a decomposition has no parts: one rank computes it."""
+    value = together(
+        "the effective rank", lambda: effective_rank(features) if is_main_process() else 0.0
+    )
+    (total,) = sum_over_ranks(torch.tensor(value, dtype=torch.float64))
+    return total.item()

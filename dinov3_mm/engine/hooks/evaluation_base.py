@@ -19,6 +19,7 @@ from dinov3_mm.evaluation.features import (
     preserved_random_state,
 )
 from dinov3_mm.evaluation.images import CachedImages, ImageSet
+from dinov3_mm.evaluation.ranks import together
 from dinov3_mm.evaluation.records import RECORD_FILE, TrainingClock, append_record, read_records
 
 CLOCK_KEY = "training_clock"
@@ -31,6 +32,10 @@ class FrozenFeatureHook(Hook):
     Scores go to the log, to the visualizer and the message hub (as ``eval/<name>_<score>``), and,
     with the training seconds so far, to ``<work_dir>/evaluations.jsonl``. Evaluation runs under its
     own random state, so training proceeds as if the hook were absent.
+
+    Everything is computed on the training device, in fp32 but for the backbone's ``dtype``, and
+    shared by the ranks: each extracts and judges its part of the images. Scores are those of one
+    process. What fails on one rank ends all of them.
 
     Args:
         interval: iterations between evaluations.
@@ -103,7 +108,13 @@ class FrozenFeatureHook(Hook):
         self.dtype = self.dtype or getattr(model, "compute_dtype", "fp32")
         clock = _clock(runner)
         with clock.paused(), preserved_random_state():
-            self.prepare()
+            together(f"preparing the evaluation {self.name!r}", self.prepare)
+        backbone = self._backbone(model)
+        rank_words = f", shared by {runner.world_size} ranks" if runner.world_size > 1 else ""
+        runner.logger.info(
+            f"evaluation {self.name!r}: features in {self.dtype} on "
+            f"{next(backbone.parameters()).device.type}{rank_words}"
+        )
         if self.at_start and runner.iter == 0:
             self._run(runner, step=0)
         clock.start()
@@ -131,8 +142,15 @@ class FrozenFeatureHook(Hook):
         """Image set of a source config."""
         return ImageSet(DATASETS.build(source), self.image_size, self.resize_size, cache=self.cache)
 
-    def extract(self, backbone: nn.Module, images: CachedImages, patches: bool = False) -> Features:
-        """Features of a set under the hook's settings."""
+    def extract(
+        self,
+        backbone: nn.Module,
+        images: CachedImages,
+        *,
+        patches: bool = False,
+        gather: bool = True,
+    ) -> Features:
+        """Features of a set under the hook's settings, on the backbone's device."""
         mean, std = self.statistics
         amp_dtype = torch.bfloat16 if self.dtype == "bf16" else None
         return extract_features(
@@ -142,6 +160,8 @@ class FrozenFeatureHook(Hook):
             std=std,
             patches=patches,
             amp_dtype=amp_dtype,
+            device=None,
+            gather=gather,
             **self.loading,
         )
 
@@ -156,9 +176,13 @@ class FrozenFeatureHook(Hook):
         runner.visualizer.add_scalars(tagged, step=step)
         runner.message_hub.update_scalars(tagged)
         record_file = Path(runner.work_dir) / RECORD_FILE
-        if is_main_process():
-            record = {"name": self.name, "step": step, "seconds": clock.seconds, **scores}
-            append_record(record_file, record)
+        record = {"name": self.name, "step": step, "seconds": clock.seconds, **scores}
+
+        def write() -> None:
+            if is_main_process():
+                append_record(record_file, record)
+
+        together("writing the scores", write)
         runner.logger.info(self._message(step, clock.seconds, scores, spent, record_file))
 
     def _message(

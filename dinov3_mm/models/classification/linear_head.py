@@ -21,6 +21,9 @@ class DINOv3LinearClsHead(LinearClsHead):
         **kwargs: see ``LinearClsHead``.
     """
 
+    # A probe is a small product, and what it shows should not depend on rounding.
+    computes_in_fp32 = True
+
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
         """The features (B, ``in_channels``) of the last entry.
 

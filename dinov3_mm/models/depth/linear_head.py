@@ -27,6 +27,9 @@ class DINOv3LinearDepthHead(DepthHead):
         **kwargs: see :class:`DepthHead`.
     """
 
+    # A probe is a small product, and what it shows should not depend on rounding.
+    computes_in_fp32 = True
+
     def __init__(
         self,
         in_channels: int | Sequence[int],

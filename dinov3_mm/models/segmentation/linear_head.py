@@ -37,6 +37,9 @@ class DINOv3LinearSegHead(BaseDecodeHead):
         ValueError: If ``in_channels`` and ``in_index`` differ in length.
     """
 
+    # A probe is a small product, and what it shows should not depend on rounding.
+    computes_in_fp32 = True
+
     def __init__(
         self,
         in_channels: int | Sequence[int],

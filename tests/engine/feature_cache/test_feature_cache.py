@@ -1,6 +1,7 @@
 """Heads from cached features: the same weights as from images, and what is refused."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dinov3_mm.checkpoints import export_backbone
 from dinov3_mm.checkpoints.run_checkpoint import read_run_checkpoint
 from dinov3_mm.engine import ConfigError, build_runner
 from dinov3_mm.engine.feature_cache import use_feature_cache
+from dinov3_mm.engine.feature_cache.store import FeatureStore
 from tests.checkpoints.toys import quickstart_backbone
 from tests.hosts.lane import require_hosts
 
@@ -148,3 +150,36 @@ def test_an_interrupted_cache_goes_on(weights, tmp_path, monkeypatch):
 def test_unknown_dtype(weights, tmp_path):
     with pytest.raises(ConfigError, match="dtype is 'fp8'"):
         use_feature_cache(config("classification", weights, tmp_path), str(tmp_path), "fp8")
+
+
+def test_the_cache_states_what_it_was_computed_in(weights, tmp_path):
+    """Rounded as on a GPU; a cache of the other dtype is refused, one that does not say is fp32."""
+    cache = tmp_path / "cache"
+    cfg = config("classification", weights, tmp_path)
+    cfg.compute_dtype = "bf16"
+    lines = use_feature_cache(cfg, str(cache))
+    assert "fp32; computed in bf16 (as asked)" in lines[0]
+    origin = cache / "train/origin.json"
+    assert json.loads(origin.read_text())["compute_dtype"] == "bf16"
+    (features,) = FeatureStore(cache / "train")[0]["inputs"][-1:]
+    tensor = features if isinstance(features, torch.Tensor) else features[-1]
+    assert tensor.dtype == torch.float32 and torch.equal(tensor, tensor.bfloat16().float())
+    with pytest.raises(ConfigError, match=r"compute_dtype differ; .* \(compute_dtype=bf16 goes on"):
+        use_feature_cache(config("classification", weights, tmp_path), str(cache))
+    plain = tmp_path / "plain"
+    use_feature_cache(config("classification", weights, tmp_path), str(plain))
+    mark = plain / "train/origin.json"
+    older = {k: v for k, v in json.loads(mark.read_text()).items() if k != "compute_dtype"}
+    mark.write_text(json.dumps(older))
+    again = use_feature_cache(config("classification", weights, tmp_path), str(plain))
+    assert "computed in fp32, stored as fp32" in again[0]
+
+
+def test_a_run_says_what_it_computes_in(weights, tmp_path):
+    cfg = config("classification", weights, tmp_path / "run")
+    cfg.compute_dtype = "bf16"
+    lines = use_feature_cache(cfg, str(tmp_path / "cache"))
+    train(cfg)
+    (log,) = (tmp_path / "run").glob("*/*.log")
+    assert "compute dtype: bf16 (as asked); autocast of backbone" in log.read_text()
+    assert "Off: --cfg-options compute_dtype=fp32" in log.read_text() and lines
