@@ -39,6 +39,8 @@ from dinov3_mm.datasets.tiff import (
 MAX_PIXELS = 2**30
 MAX_PIXELS_VARIABLE = "DINOV3_MM_MAX_PIXELS"
 COLOR_CHANNELS = {"rgb": 3, "gray": 1}
+# Formats whose pixels PIL hands over as 32-bit integers although they have 16 bits.
+SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 
 _ORIENTATION_TAG = 274
 _OBJECT = re.compile(r" <_io\.\w+ [^>]*>")
@@ -48,8 +50,6 @@ _JPEG_PADDING = 64
 # IMREAD_REDUCED_COLOR_k is one of these flags together with IMREAD_COLOR.
 _REDUCTIONS = tuple((factor, 8 * factor) for factor in (2, 4, 8))
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
-# Formats whose pixels PIL hands over as 32-bit integers although they have 16 bits.
-_SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 _PIL_ADVICE = "pass an array in 0..255, of uint8 or floating point"
 # What lies under an image's name in place of an image, by how it begins.
@@ -373,7 +373,7 @@ def _eight_bits(image: Image.Image, color: str, advice: str) -> np.ndarray:
 
 def _check_depth(image: Image.Image, advice: str) -> None:
     """Raise ValueError for pixels without a range of 8 bits."""
-    if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BIT_FORMATS):
+    if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BIT_FORMATS):
         kind = "float" if image.mode == "F" else "integer"
         raise ValueError(f"32-bit {kind} pixels have no defined 8-bit range; {advice}")
 

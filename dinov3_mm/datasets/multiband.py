@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dinov3_mm.datasets.images import (
     COLOR_CHANNELS,
+    SIXTEEN_BIT_FORMATS,
     BrokenImageError,
     Decoded,
     ImageHeader,
@@ -221,6 +222,8 @@ def _decode(data: bytes) -> Decoded:
         image.load()
         mode = _EXPANDED_MODES.get(image.mode)
         pixels = np.array(image.convert(mode) if mode else image)
+        if image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS:
+            pixels = pixels.astype(np.uint16)
         return Decoded(pixels, orientation_of(image))
 
 
