@@ -69,16 +69,17 @@ class BrokenImageError(ValueError):
 
     Args:
         path (str): The file.
-        reason (str): What the reader said.
+        reason (str): What the reader said; empty where torch raises the error of a worker anew,
+            with its whole text as the only argument.
     """
 
-    def __init__(self, path: str, reason: str) -> None:
+    def __init__(self, path: str, reason: str = "") -> None:
         super().__init__(path, reason)
         self.path = path
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{self.path}: {self.reason}" if self.reason else self.path
 
 
 class Decoded(NamedTuple):

@@ -406,6 +406,29 @@ def is_right(kind: Kind, cell: Cell, route: str) -> bool:
     return cell.difference == 0
 
 
+def print_left_out(folder: Path) -> None:
+    """What a folder and bad lists say."""
+    image = encoded(photo(HEIGHT, WIDTH), "PNG")
+    for name in ("a.png", "sub/b.PNG", "__MACOSX/a.png", ".ipynb_checkpoints/a.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(image)
+    for name in ("._a.png", ".DS_Store", "Thumbs.db", "IMG_1.HEIC", "sub/IMG_2.heic", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    (folder / "sub/loop").symlink_to(folder)
+    print(f"  {len(ImageFolder(str(folder)))} images taken; the line of the log is above")
+    for text in ("path, label\na.png, -1\n", "path,label\na.png,\n", 'path\n"a.png\n'):
+        (folder / "list.csv").write_text(text)
+        try:
+            ImageList(str(folder / "list.csv"))
+        except ValueError as error:
+            print(f"  {text!r}: {error}")
+    (folder / "list.csv").write_bytes("path\na.png\n".encode("utf-16-le"))
+    try:
+        ImageList(str(folder / "list.csv"))
+    except ValueError as error:
+        print(f"  UTF-16 without its mark: {error}")
+
+
 def main() -> int:
     """Print the table; the number of wrong cells."""
     wrong, messages = 0, {}
@@ -427,6 +450,9 @@ def main() -> int:
     print("\nRefusals, word for word (the first route that gave them):")
     for (kind_name, message), route_name in messages.items():
         print(f"  {kind_name} [{route_name}]: {message}")
+    print("\nLeft out, and refused lists:")
+    with tempfile.TemporaryDirectory() as folder:
+        print_left_out(Path(folder))
     print(f"\n{wrong} wrong cells")
     return wrong
 

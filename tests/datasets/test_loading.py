@@ -185,7 +185,7 @@ def test_evaluation_ends_and_names_the_file(paths):
     with pytest.raises(BrokenImageError, match=r"2\.png: .*(truncated|broken)"):
         list(DataLoader(data, batch_size=2, collate_fn=pseudo_collate))
     loader = DataLoader(data, batch_size=2, num_workers=1, collate_fn=pseudo_collate)
-    with pytest.raises(RuntimeError, match=r"2\.png: .*(truncated|broken)"):
+    with pytest.raises(BrokenImageError, match=r"2\.png: .*(truncated|broken)"):
         list(loader)
 
 
