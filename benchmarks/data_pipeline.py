@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from dinov3_mm.datasets import MultiCrop, sample_generator
-from dinov3_mm.datasets.sources.decode import decode_image
+from dinov3_mm.datasets.images import decode_image
 from dinov3_mm.datasets.transforms import pixel_ops
 from dinov3_mm.datasets.transforms.params import Box, CropParams, MultiCropParams
 

@@ -17,11 +17,11 @@ from dinov3_mm.engine.optim import build_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.py") if path.parent.name != "_base_")
+LOADED = {path: Config.fromfile(path) for path in CONFIGS}
 PRETRAINING = [
-    path
-    for path in CONFIGS
-    if Config.fromfile(path).get("train_cfg", {}).get("type") == "PretrainLoop"
+    path for path, cfg in LOADED.items() if cfg.get("train_cfg", {}).get("type") == "PretrainLoop"
 ]
+DOWNSTREAM = [path for path in CONFIGS if path not in PRETRAINING]
 # Larger models are built without storage.
 LARGEST_WITH_STORAGE = 20e6
 SCHEDULES = {"lr", "weight_decay", "momentum", "teacher_temp", "dino_local_weight", "weight"}
@@ -77,3 +77,35 @@ def test_config_is_valid_and_builds(path):
     for hook in hook_cfgs:
         check_schedules(hook, cfg.train_cfg.max_iters)
     assert STRATEGIES.get(cfg.strategy.type) is not None
+
+
+@pytest.mark.parametrize("path", DOWNSTREAM, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_files_are_read_the_one_way(path):
+    """No loader of a host; a file that cannot be read is replaced in training alone."""
+    cfg = LOADED[path]
+    pipelines = {"tta": cfg.get("tta_pipeline", [])}
+    for phase in ("train", "val", "test"):
+        dataset = cfg[f"{phase}_dataloader"].dataset
+        while "dataset" in dataset:
+            dataset = dataset.dataset
+        pipelines[phase] = dataset.pipeline
+    for phase, pipeline in pipelines.items():
+        loaders = [step for step in _steps(pipeline) if step["type"].startswith("Load")]
+        broken = "replace" if phase == "train" else "error"
+        for step in loaders:
+            if step["type"] == "LoadAnnotations":
+                assert step.with_bbox and not step.get("with_seg")  # of the annotation file
+            else:
+                assert step["type"] in ("LoadMissingImage", "LoadLabelMap", "LoadDepthMap")
+                assert step.get("broken", "error") == broken, (phase, step)
+        assert phase == "tta" or loaders
+
+
+def _steps(part):
+    """Every step of a pipeline, also of those within steps."""
+    if isinstance(part, dict):
+        yield part
+        yield from _steps(part.get("transforms", []))
+    elif isinstance(part, (list, tuple)):
+        for step in part:
+            yield from _steps(step)

@@ -20,7 +20,7 @@ test_pipeline = [
     dict(type='PackInputs'),
 ]
 train_pipeline = [
-    dict(type='LoadMissingImage'),
+    dict(type='LoadMissingImage', broken='replace'),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(type='PackInputs'),
 ]

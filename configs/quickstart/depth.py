@@ -25,7 +25,7 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 train_pipeline = [
-    dict(type='LoadMissingImage'),
+    dict(type='LoadMissingImage', broken='replace'),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackSegInputs'),
 ]

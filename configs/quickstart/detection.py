@@ -39,7 +39,7 @@ test_pipeline = [
     ),
 ]
 train_pipeline = [
-    dict(type='LoadMissingImage'),
+    dict(type='LoadMissingImage', broken='replace'),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),

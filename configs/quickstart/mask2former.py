@@ -34,7 +34,7 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 train_pipeline = [
-    dict(type='LoadMissingImage'),
+    dict(type='LoadMissingImage', broken='replace'),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(type='PackSegInputs'),
 ]

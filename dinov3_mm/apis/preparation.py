@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from dinov3_mm.datasets.images import pil_pixels
 from dinov3_mm.suggest import hint
 
 NATIVE = "native"
@@ -143,19 +144,21 @@ def load_pixels(image: ImageLike, read: Callable[[str], np.ndarray]) -> Tensor:
     """Pixels (C, H, W) of a path, PIL image, array (H, W, C) or tensor (C, H, W), in 0..255.
 
     Args:
-        image: the image. Arrays and tensors are uint8, or floating point in the 0..255 scale.
+        image: the image. Arrays and tensors are uint8, or floating point in the 0..255 scale; PIL
+            images are turned and converted as files are, see :mod:`dinov3_mm.datasets.images`.
         read: decodes the file at a path to an array (H, W, C).
 
     Raises:
         BrokenImageError: If a file cannot be decoded.
         FileNotFoundError: If there is no such file.
         TypeError: If the image is of another kind.
-        ValueError: If it has another shape, or is not in the 0..255 scale.
+        ValueError: If it has another shape, or is not in the 0..255 scale; also a PIL image of
+            32-bit pixels.
     """
     if isinstance(image, (str, os.PathLike)):
         return from_array(read(_existing(image)))
     if isinstance(image, Image.Image):
-        return from_array(np.array(image.convert("RGB")))
+        return from_array(pil_pixels(image))
     if isinstance(image, np.ndarray):
         pixels = from_array(image)
     elif isinstance(image, Tensor):

@@ -3,6 +3,7 @@
 A config lists this module in ``custom_imports``.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,18 @@ from dinov3_mm.hosts import require_host
 
 require_host("mmseg")
 
+from mmengine.logging import print_log  # noqa: E402
 from mmengine.registry import DATASETS  # noqa: E402
 from mmseg.datasets import BaseSegDataset  # noqa: E402
 
+from dinov3_mm.datasets.image_files import (  # noqa: E402
+    files_by_name,
+    image_extensions,
+    open_text,
+    text_lines,
+)
+
 CLASS_FILE = "classes.txt"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 
 @DATASETS.register_module()
@@ -27,7 +35,7 @@ class SegmentationFolder(BaseSegDataset):
         root/images/train/street_1.jpg    any format, also in sub-folders
         root/labels/train/street_1.png    one channel: the class of each pixel, 255 to ignore
 
-    Images without a label map are left out.
+    Images without a label map are left out and counted; links are followed, hidden entries are not.
 
     Args:
         data_root: the root.
@@ -51,8 +59,8 @@ class SegmentationFolder(BaseSegDataset):
 
     def load_data_list(self) -> list[dict]:
         """Pairs of image and label map, by name."""
-        images = _by_name(Path(self.data_root) / "images" / self.split, IMAGE_SUFFIXES)
-        labels = _by_name(Path(self.data_root) / "labels" / self.split, (".png",))
+        images = _files(Path(self.data_root) / "images" / self.split, image_extensions())
+        labels = _files(Path(self.data_root) / "labels" / self.split, (".png",))
         alone = sorted(set(labels) - set(images))
         if alone:
             raise ValueError(
@@ -64,10 +72,18 @@ class SegmentationFolder(BaseSegDataset):
                 f"no label maps in {self.data_root}/labels/{self.split}; expected PNG files with "
                 "the names of the images"
             )
+        unlabelled = sorted(set(images) - set(labels))
+        if unlabelled:
+            print_log(
+                f"{len(unlabelled)} of {len(images)} images in {self.data_root}/images/"
+                f"{self.split} have no label map and are left out, e.g. {unlabelled[0]}",
+                logger="current",
+                level=logging.WARNING,
+            )
         return [
             {
-                "img_path": str(images[name]),
-                "seg_map_path": str(labels[name]),
+                "img_path": images[name],
+                "seg_map_path": labels[name],
                 "label_map": self.label_map,
                 "reduce_zero_label": self.reduce_zero_label,
                 "seg_fields": [],
@@ -79,20 +95,13 @@ class SegmentationFolder(BaseSegDataset):
 def _read_classes(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected the names of the classes, one a line")
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    with open_text(path) as file:
+        names = tuple(line.strip() for line in text_lines(file, path))
     return tuple(name for name in names if name)
 
 
-def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Files below a folder by their relative path without suffix."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; see the layout of SegmentationFolder")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in suffixes:
-            continue
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in found:
-            raise ValueError(f"{path} and {found[name]} have the same name; rename one of them")
-        found[name] = path
-    return found
+def _files(folder: Path, extensions: tuple[str, ...]) -> dict[str, str]:
+    try:
+        return files_by_name(folder, extensions)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; see the layout of SegmentationFolder") from error

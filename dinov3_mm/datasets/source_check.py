@@ -5,14 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from mmengine.logging import print_log
 
-from dinov3_mm.datasets.sources import (
-    BatchMixture,
-    BrokenImageError,
-    ImageHeader,
-    ImageSource,
-    WeightedConcat,
-)
-from dinov3_mm.datasets.sources.pixel_format import UNCHANGED
+from dinov3_mm.datasets.images import BrokenImageError, ImageHeader
+from dinov3_mm.datasets.multiband import UNCHANGED
+from dinov3_mm.datasets.sources import BatchMixture, ImageSource, WeightedConcat
 
 _PROBES = 64
 _LOADED_PROBES = 8

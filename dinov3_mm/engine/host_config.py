@@ -11,10 +11,12 @@ from dinov3_mm.checkpoints.download import is_url
 from dinov3_mm.checkpoints.model_hub import parse_hub_name
 from dinov3_mm.checkpoints.released import located
 from dinov3_mm.checkpoints.statistics import Statistics, find_statistics
+from dinov3_mm.datasets.image_files import is_hidden
 from dinov3_mm.engine.config import ConfigError
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 EVALUATORS = ("val_evaluator", "test_evaluator")
+_FOLDER_SETS = ("ClassificationFolder", "CustomDataset")  # data sets of one folder a class
 # Flags of the hosts' preprocessors after which the channels are red, green, blue.
 _TO_RGB = ("bgr_to_rgb", "to_rgb")
 
@@ -65,14 +67,13 @@ def set_data_root(cfg: Config, folder: str) -> None:
 
 def _set_num_classes(cfg: Config) -> None:
     dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
-    if dataset.get("type") != "CustomDataset" or not dataset.get("with_label", True):
+    if dataset.get("type") not in _FOLDER_SETS or not dataset.get("with_label", True):
         return
     prefix = dataset.get("data_prefix", "")
     prefix = prefix.get("img_path", "") if isinstance(prefix, Mapping) else prefix
     images = Path(dataset["data_root"]) / prefix
-    classes = (
-        sorted(item.name for item in images.iterdir() if item.is_dir()) if images.is_dir() else []
-    )
+    entries = images.iterdir() if images.is_dir() else ()
+    classes = [item.name for item in entries if item.is_dir() and not is_hidden(item.name)]
     if len(classes) < 2:
         raise ConfigError(f"--data: expected one folder a class in {images}, found {len(classes)}")
     for part in _dicts(cfg.model):

@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 
 from dinov3_mm.datasets import BrokenImageError, ImageFolder, ImageList, MMDatasetSource
-from dinov3_mm.datasets.sources.multiband import decode_unchanged, read_header
+from dinov3_mm.datasets.multiband import decode_unchanged, read_header
 from tests.datasets.photos import photo
 
 DTYPES = (np.uint8, np.uint16, np.float32)
@@ -214,7 +214,7 @@ def test_volumes_are_refused():
 WITHOUT_IMAGECODECS = """
 import sys
 sys.modules["imagecodecs"] = None
-from dinov3_mm.datasets.sources.multiband import decode_unchanged
+from dinov3_mm.datasets.multiband import decode_unchanged
 try:
     decode_unchanged(open(sys.argv[1], "rb").read(), "a.tif")
 except ImportError as error:
@@ -258,7 +258,7 @@ def test_rgb_mode_says_what_multiband_files_need(tmp_path):
     write(tmp_path / "a.tif", tiff(bands(8), **INTERLEAVED))
     source = ImageFolder(str(tmp_path))
     for read in (source.load_image, source.probe):
-        with pytest.raises(BrokenImageError, match=r"several bands .* need color='unchanged'"):
+        with pytest.raises(BrokenImageError, match=r"8 MINISBLACK bands .* with color='unchanged'"):
             read(0)
     write(tmp_path / "a.tif", tiff(bands(1, np.float32), **INTERLEAVED))
     with pytest.raises(BrokenImageError, match="no defined 8-bit range; read them with color"):

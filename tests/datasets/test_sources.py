@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dinov3_mm.datasets import (
     BrokenImageError,
@@ -68,10 +68,11 @@ def test_gray_and_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").shape == (40, 60, 3)
+    assert read_image(tmp_path / "a.jpg").shape == (60, 40, 3)
     gray = ImageFolder(str(tmp_path), color="gray").load_image(0)
-    expected = np.asarray(Image.open(tmp_path / "a.jpg").convert("L")).astype(int)
-    assert gray.shape == (40, 60, 1)
+    turned = ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    expected = np.asarray(turned.convert("L")).astype(int)
+    assert gray.shape == (60, 40, 1)
     assert np.abs(gray[..., 0] - expected).mean() < 1
     with pytest.raises(ValueError, match=r"color must be one of .* got 'bgr'"):
         ImageFolder(str(tmp_path), color="bgr")

@@ -1,8 +1,9 @@
 # ImageNet-1k with the transforms of the linear protocol: random resized crop and flip; 256/224 in evaluation.
-# Decoded and resized by PIL, EXIF orientation ignored, as in the published evaluations.
-load = dict(type='LoadImageFromFile', imdecode_backend='pillow', color_type='color_ignore_orientation')
+# Resized by PIL, as in the published evaluations.
+load = dict(type='LoadMissingImage')
+load_train = dict(load, broken='replace')  # in training a file that cannot be read is counted and replaced
 train_pipeline = [
-    load,
+    load_train,
     dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation='bicubic'),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(type='PackInputs'),

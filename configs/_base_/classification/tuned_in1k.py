@@ -5,7 +5,7 @@ _base_ = ['./linear_in1k.py', '../tuning/layer_decay.py']
 bgr_mean = [103.53, 116.28, 123.675]
 bgr_std = [57.375, 57.12, 58.395]
 train_pipeline = [
-    _base_.load,
+    _base_.load_train,
     dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation='bicubic'),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(

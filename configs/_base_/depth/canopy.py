@@ -27,8 +27,8 @@ model = dict(
 )
 
 train_pipeline = [
-    dict(type='LoadMissingImage', to_float32=True),
-    dict(type='LoadDepthMap'),
+    dict(type='LoadMissingImage', to_float32=True, broken='replace'),
+    dict(type='LoadDepthMap', broken='replace'),
     dict(type='RandomFlip', prob=0.5, direction=['horizontal', 'vertical']),
     dict(type='RandomCrop', crop_size=(448, 448)),
     dict(type='RandomGammaBrightness', prob=0.5),

@@ -2,8 +2,8 @@
 # millimetres (dataset.depth_scale) as PNG of 16 bits, TIFF or .npy, 0 where nothing was measured.
 # tools/train.py --data DIR sets data_root.
 train_pipeline = [
-    dict(type='LoadMissingImage', to_float32=True),
-    dict(type='LoadDepthMap'),
+    dict(type='LoadMissingImage', to_float32=True, broken='replace'),
+    dict(type='LoadDepthMap', broken='replace'),
     dict(type='RandomFlip', prob=0.5),
     dict(type='RandomCrop', crop_size=(416, 544)),
     dict(type='RandomGammaBrightness', prob=0.5),

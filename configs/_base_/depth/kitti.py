@@ -1,8 +1,8 @@
 # KITTI, Eigen's split: images of the raw recordings, depth maps of the depth benchmark, the lists beside them.
 # Crop and augmentations are those of BTS; what the paper used is not published.
 train_pipeline = [
-    dict(type='LoadMissingImage', to_float32=True),
-    dict(type='LoadDepthMap'),
+    dict(type='LoadMissingImage', to_float32=True, broken='replace'),
+    dict(type='LoadDepthMap', broken='replace'),
     dict(type='RandomDepthRotation', prob=0.5, max_angle=1.0),
     dict(type='RandomFlip', prob=0.5),
     dict(type='RandomCrop', crop_size=(352, 704)),

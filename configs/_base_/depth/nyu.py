@@ -1,7 +1,7 @@
 # NYUv2, BTS lists and augmentations: 24,231 images for training, 654 for testing.
 train_pipeline = [
-    dict(type='LoadMissingImage', to_float32=True),
-    dict(type='LoadDepthMap'),
+    dict(type='LoadMissingImage', to_float32=True, broken='replace'),
+    dict(type='LoadDepthMap', broken='replace'),
     dict(type='NYUBorderCrop'),
     dict(type='RandomDepthRotation', prob=0.5, max_angle=2.5),
     dict(type='RandomFlip', prob=0.5),

@@ -13,8 +13,8 @@ model = dict(
 )
 
 train_pipeline = [
-    dict(type='LoadMissingImage', to_float32=True),
-    dict(type='LoadDepthMap'),
+    dict(type='LoadMissingImage', to_float32=True, broken='replace'),
+    dict(type='LoadDepthMap', broken='replace'),
     dict(type='Resize', scale=(1024, 768), keep_ratio=False),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackSegInputs'),

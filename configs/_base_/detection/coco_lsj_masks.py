@@ -2,7 +2,7 @@
 _base_ = './coco_lsj.py'
 
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadMissingImage', broken='replace'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     *_base_.train_pipeline[2:-2],
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True),

@@ -7,6 +7,13 @@ model = dict(
     backbone=dict(_delete_=True),
     neck=dict(_delete_=True, type='SimpleFeaturePyramid', out_channels=256, strides=(8, 16, 32, 64)),
 )
+# Files are read as everywhere in this project; in training one that cannot be read is counted and replaced.
+load = dict(type='LoadMissingImage', backend_args=_base_.backend_args)
+train_pipeline = [dict(load, broken='replace'), *_base_.train_pipeline[1:]]
+test_pipeline = [load, *_base_.test_pipeline[1:]]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',

@@ -6,7 +6,7 @@ short_sides = list(range(1536, 2049, 64))
 longest = 8192
 resize = dict(type='RandomChoiceResize', scales=[(longest, side) for side in short_sides], keep_ratio=True)
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadMissingImage', broken='replace'),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='RandomFlip', prob=0.5),
     dict(
@@ -33,7 +33,7 @@ train_pipeline = [
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadMissingImage'),
     dict(type='Resize', scale=(longest, 2048), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
@@ -44,7 +44,7 @@ test_dataloader = val_dataloader
 
 # Published: several resolutions from 1536 to 2880; how they are merged is unknown, here by suppression and with flips.
 tta_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadMissingImage'),
     dict(
         type='TestTimeAug',
         transforms=[

@@ -9,13 +9,14 @@ model = dict(
     test_cfg=dict(mode='slide', crop_size=crop_size, stride=(596, 596)),
 )
 
-# Decoded and resized by PIL, antialiased, as in the published evaluation.
-load = dict(type='LoadImageFromFile', imdecode_backend='pillow', color_type='color_ignore_orientation')
+# Resized by PIL, antialiased, as in the published evaluation.
+load = dict(type='LoadMissingImage')
+load_train = dict(load, broken='replace')  # in training a file that cannot be read is counted and replaced
 resize = dict(type='Resize', keep_ratio=True, backend='pillow')
-load_truth = dict(type='LoadAnnotations', reduce_zero_label=True)
+load_truth = dict(type='LoadLabelMap', reduce_zero_label=True)
 train_pipeline = [
-    load,
-    load_truth,
+    load_train,
+    dict(load_truth, broken='replace'),
     dict(
         type='RandomChoiceResize',
         scales=[int(896 * x * 0.1) for x in range(5, 21)],

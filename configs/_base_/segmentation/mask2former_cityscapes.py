@@ -7,10 +7,10 @@ model = dict(
     decode_head=dict(num_classes=19),
     test_cfg=dict(_delete_=True, mode='whole'),
 )
-load_truth = dict(type='LoadAnnotations', reduce_zero_label=False)
+load_truth = dict(type='LoadLabelMap', reduce_zero_label=False)
 train_pipeline = [
-    _base_.load,
-    load_truth,
+    _base_.load_train,
+    dict(load_truth, broken='replace'),
     dict(
         type='RandomChoiceResize',
         scales=[int(1024 * x * 0.1) for x in range(5, 21)],

@@ -1,8 +1,8 @@
 # COCO-Stuff 164k, 171 classes, at 896 pixels: the first of the released segmentor's three trainings, 80,000 iterations.
 _base_ = './mask2former_ade20k.py'
 
-load_truth = dict(type='LoadAnnotations', reduce_zero_label=False)
-train_pipeline = [_base_.load, load_truth, *_base_.train_pipeline[2:]]
+load_truth = dict(type='LoadLabelMap', reduce_zero_label=False)
+train_pipeline = [_base_.load_train, dict(load_truth, broken='replace'), *_base_.train_pipeline[2:]]
 test_pipeline = [*_base_.test_pipeline[:2], load_truth, dict(type='PackSegInputs')]
 scales, flips = _base_.tta_pipeline[1]['transforms'][:2]
 tta_pipeline = [

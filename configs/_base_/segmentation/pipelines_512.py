@@ -1,11 +1,15 @@
-# Images of short side 512, scaled by 0.5 to 2 in training, crops of 512: the linear protocol on ADE20K. Read and
-# resized by PIL, which filters when it shrinks. The long side is not bounded. Label 0 is removed where a data set says
-# so (reduce_zero_label). Crops are drawn again, up to ten times, if one class covers three quarters.
+# Images of short side 512, scaled by 0.5 to 2 in training, crops of 512: the linear protocol on ADE20K. Resized by PIL,
+# which filters when it shrinks. The long side is not bounded. Label 0 is removed where a data set says so
+# (reduce_zero_label). Crops are drawn again, up to ten times, if one class covers three quarters.
 long_side = 1000000
-load = dict(type='LoadImageFromFile', imdecode_backend='pillow', color_type='color_ignore_orientation')
+load = dict(type='LoadMissingImage')
+load_labels = dict(type='LoadLabelMap')
+# In training a file that cannot be read is counted and replaced.
+load_train = dict(load, broken='replace')
+load_labels_train = dict(load_labels, broken='replace')
 train_pipeline = [
-    load,
-    dict(type='LoadAnnotations'),
+    load_train,
+    load_labels_train,
     dict(
         type='RandomResize',
         scale=(long_side, 512),
@@ -22,7 +26,7 @@ train_pipeline = [
 test_pipeline = [
     load,
     dict(type='Resize', scale=(long_side, 512), keep_ratio=True, backend='pillow'),
-    dict(type='LoadAnnotations'),
+    load_labels,
     dict(type='PackSegInputs'),
 ]
 # tools/test.py CONFIG CHECKPOINT --tta: six scales, each also flipped; probabilities are averaged.
@@ -40,7 +44,7 @@ tta_pipeline = [
                 dict(type='RandomFlip', prob=0.0, direction='horizontal'),
                 dict(type='RandomFlip', prob=1.0, direction='horizontal'),
             ],
-            [dict(type='LoadAnnotations')],
+            [load_labels],
             [dict(type='PackSegInputs')],
         ],
     ),

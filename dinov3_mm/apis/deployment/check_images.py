@@ -10,7 +10,8 @@ from torch import Tensor
 from dinov3_mm.apis.preparation import ImageLike, ImagePreparation, load_pixels
 from dinov3_mm.checkpoints import Statistics
 from dinov3_mm.datasets import SyntheticScenes
-from dinov3_mm.datasets.sources.decode import IMAGE_EXTENSIONS, read_image
+from dinov3_mm.datasets.image_files import LeftOut, find_files, image_extensions
+from dinov3_mm.datasets.images import read_image
 
 from .shapes import InputShapes, Size
 
@@ -32,10 +33,13 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[str]:
         if path.is_file():
             found.append(str(path))
             continue
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
+        left_out = LeftOut()
+        files = list(find_files(str(path), image_extensions(), left_out))
         if not files:
-            raise FileNotFoundError(f"no images under {path}")
-        found += map(str, files[:: -(-len(files) // NUM_IMAGES)])
+            raise FileNotFoundError(
+                f"no images under {path}" + (f"; {left_out}" if left_out else "")
+            )
+        found += (str(path / file) for file in files[:: -(-len(files) // NUM_IMAGES)])
     return found
 
 

@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
+from dinov3_mm.datasets.images import pil_pixels, read_image
 from dinov3_mm.datasets.sources import ImageFolder
 
+_EXPECTED = "expected paths, PIL images or uint8 arrays, got a {}"
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
-Input = str | os.PathLike | np.ndarray
+Input = str | os.PathLike | Image.Image | np.ndarray
 Inputs = Input | Iterable[Input]
 
 
@@ -20,8 +23,8 @@ class NamedImage(NamedTuple):
     """An image to predict on.
 
     Attributes:
-        name: file name, relative to the folder it was found in; ``image-0`` for arrays, and
-            ``clip.mp4/000012`` for frames.
+        name: file name, relative to the folder it was found in; ``image-0`` for arrays and PIL
+            images, and ``clip.mp4/000012`` for frames.
         pixels: (H, W, 3) uint8, RGB.
         video: file of the video that it is a frame of, else None.
     """
@@ -35,24 +38,27 @@ def iterate_images(inputs: Inputs) -> Iterator[NamedImage]:
     """Images of an input or of several, read when they are asked for.
 
     Args:
-        inputs: an (H, W, 3) or (H, W) uint8 RGB array, a file, a video, a folder of images
-            (searched through), or a list of such.
+        inputs: an (H, W, 3) or (H, W) uint8 RGB array, a PIL image, a file, a video, a folder of
+            images (searched through), or a list of such.
 
     Raises:
+        BrokenImageError: a file that cannot be decoded.
         FileNotFoundError: a path where nothing is.
         ValueError: an array of another form, a folder without images, a video without frames.
         TypeError: anything else.
     """
-    several = not isinstance(inputs, (str, os.PathLike, np.ndarray))
+    several = not isinstance(inputs, (str, os.PathLike, Image.Image, np.ndarray))
     if several and not isinstance(inputs, Iterable):
-        raise TypeError(f"expected paths or uint8 arrays, got a {type(inputs).__name__}")
+        raise TypeError(_EXPECTED.format(type(inputs).__name__))
     for index, item in enumerate(inputs if several else [inputs]):
         if isinstance(item, np.ndarray):
             yield NamedImage(f"image-{index}", _rgb(item))
+        elif isinstance(item, Image.Image):
+            yield NamedImage(f"image-{index}", pil_pixels(item))
         elif isinstance(item, (str, os.PathLike)):
             yield from _from_path(Path(item).expanduser())
         else:
-            raise TypeError(f"expected paths or uint8 arrays, got a {type(item).__name__}")
+            raise TypeError(_EXPECTED.format(type(item).__name__))
 
 
 def _from_path(path: Path) -> Iterator[NamedImage]:
@@ -67,7 +73,7 @@ def _from_path(path: Path) -> Iterator[NamedImage]:
     elif path.suffix.lower() in VIDEO_SUFFIXES:
         yield from _frames(path)
     else:
-        yield NamedImage(path.name, _read(path))
+        yield NamedImage(path.name, read_image(str(path)))
 
 
 def _frames(path: Path) -> Iterator[NamedImage]:
@@ -92,13 +98,6 @@ def frame_rate(path: Path) -> float:
     rate = capture.get(cv2.CAP_PROP_FPS)
     capture.release()
     return rate if rate and np.isfinite(rate) else 25.0
-
-
-def _read(path: Path) -> np.ndarray:
-    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if pixels is None:
-        raise ValueError(f"{path} could not be decoded as an image")
-    return pixels[..., ::-1].copy()
 
 
 def _rgb(array: np.ndarray) -> np.ndarray:

@@ -1,22 +1,21 @@
 """Depth of one's own: a folder of images, and one of depth maps with the same names."""
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
-from .loading import DEPTH_SUFFIXES
+from dinov3_mm.datasets.image_files import files_by_name, image_extensions
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from .loading import DEPTH_SUFFIXES
 
 
 @DATASETS.register_module()
 class DepthFolderDataset(BaseDataset):
     """Images and depth maps that are called the same, up to the suffix, in two folders.
 
-    Subfolders are searched. Maps are PNG of 8 or 16 bits, TIFF or ``.npy``; see
-    :class:`LoadDepthMap`.
+    Subfolders and links are searched, hidden entries are not. Maps are PNG of 8 or 16 bits, TIFF
+    or ``.npy``; see :class:`LoadDepthMap`.
 
     Args:
         data_root: folder of the data set.
@@ -26,6 +25,7 @@ class DepthFolderDataset(BaseDataset):
 
     Raises:
         FileNotFoundError: if a folder is not there, is empty, or an image has no depth map.
+        ValueError: if two images or two maps have the same name.
     """
 
     # mmseg's drawing of results asks for classes.
@@ -47,7 +47,7 @@ class DepthFolderDataset(BaseDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Paths of all samples, by name."""
-        images = self._files("img_path", IMAGE_SUFFIXES)
+        images = self._files("img_path", image_extensions())
         maps = self._files("depth_map_path", DEPTH_SUFFIXES)
         missing = sorted(set(images) - set(maps))
         if missing:
@@ -68,14 +68,13 @@ class DepthFolderDataset(BaseDataset):
 
     def _files(self, prefix: str, suffixes: tuple[str, ...]) -> dict[str, str]:
         """Name without suffix -> path, of all files below a folder."""
-        folder = Path(self.data_prefix[prefix])
-        if not folder.is_dir():
+        folder = self.data_prefix[prefix]
+        try:
+            found = files_by_name(folder, suffixes)
+        except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"DepthFolderDataset: {folder} is no folder; set data_root and "
-                f"data_prefix['{prefix}']"
-            )
-        files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-        found = {str(path.relative_to(folder).with_suffix("")): str(path) for path in files}
+                f"DepthFolderDataset: {error}; set data_root and data_prefix['{prefix}']"
+            ) from error
         if not found:
             raise FileNotFoundError(f"no files in {folder} with one of {', '.join(suffixes)}")
         return found

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
+from dinov3_mm.datasets.image_files import open_text, text_lines
+
 # Stands in KITTI's lists for a depth map that was never made.
 _NO_MAP = "None"
 
@@ -55,7 +57,8 @@ class DepthListDataset(BaseDataset):
                 f"{type(self).__name__}: no list at {path}; expected lines 'image depth_map "
                 "focal_length'. docs/depth.md says where the lists come from"
             )
-        lines = path.read_text().splitlines()
+        with open_text(path) as file:
+            lines = list(text_lines(file, path))
         pairs = [self._pair(line, path) for line in sorted(lines) if line.strip()]
         samples = [self._sample(*pair) for pair in pairs if pair[1] != _NO_MAP]
         if not samples:

@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from dinov3_mm.datasets.sources.multiband import ImageHeader
-from dinov3_mm.datasets.sources.pixel_format import PixelFormat
+from dinov3_mm.datasets.images import ImageHeader
+from dinov3_mm.datasets.multiband import PixelFormat
 
 
 @runtime_checkable
@@ -16,7 +16,7 @@ class ImageSource(Protocol):
     """Indexed images; anything with these methods can be trained on.
 
     A source may also offer ``label(index) -> int`` with ``classes`` (names), and
-    ``probe(index)``, an :class:`~dinov3_mm.datasets.sources.ImageHeader` read without any pixel.
+    ``probe(index)``, an :class:`~dinov3_mm.datasets.images.ImageHeader` read without any pixel.
     """
 
     def __len__(self) -> int:
@@ -68,9 +68,9 @@ class FileSource:
         root (str): Folder that relative paths start from.
         color (str): ``'rgb'``, ``'gray'`` (one channel) or ``'unchanged'`` (as in the files).
         decode_min_side (int | None): See
-            :func:`~dinov3_mm.datasets.sources.decode.read_image`.
+            :func:`~dinov3_mm.datasets.images.read_image`.
         channels (Sequence[int] | None): See
-            :class:`~dinov3_mm.datasets.sources.pixel_format.PixelFormat`.
+            :class:`~dinov3_mm.datasets.multiband.PixelFormat`.
         value_range (tuple[float, float] | None): See there.
 
     Attributes:

@@ -1,13 +1,13 @@
 """All images below a folder."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from mmengine.registry import DATASETS
 
+from dinov3_mm.datasets.image_files import LeftOut, find_by_class, image_extensions
+from dinov3_mm.datasets.multiband import UNCHANGED
 from dinov3_mm.datasets.sources.base import FileSource
-from dinov3_mm.datasets.sources.decode import IMAGE_EXTENSIONS
-from dinov3_mm.datasets.sources.pixel_format import UNCHANGED
 
 
 @DATASETS.register_module()
@@ -15,8 +15,9 @@ class ImageFolder(FileSource):
     """Every image file below ``root``, in sorted order, whatever the layout.
 
     If no image lies directly in ``root``, the folders in ``root`` are classes: ``classes`` are
-    their sorted names and ``label`` is the position of an image's folder among them. Names that
-    begin with a dot are skipped; links to folders are followed once.
+    their sorted names and ``label`` is the position of an image's folder among them. Hidden
+    entries and what operating systems leave behind are skipped; links are followed, to every folder
+    once. The log says what was left out.
 
     Args:
         root (str): The folder.
@@ -31,7 +32,7 @@ class ImageFolder(FileSource):
             become 0 and 1 on the scale of mean and std; values outside are clipped. None: 0..255
             for 8-bit, 0..65535 for 16-bit, 0..1 for float pixels.
         extensions (tuple[str, ...] | None): File name endings that count as images, in any case;
-            None: the usual ones, and ``.npy`` with ``'unchanged'``.
+            None: those that the decoder reads, and ``.npy`` with ``'unchanged'``.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -50,7 +51,7 @@ class ImageFolder(FileSource):
     ) -> None:
         super().__init__(root, color, decode_min_side, channels=channels, value_range=value_range)
         if extensions is None:
-            extensions = IMAGE_EXTENSIONS + ((".npy",) if color == UNCHANGED else ())
+            extensions = image_extensions() + ((".npy",) if color == UNCHANGED else ())
         if not os.path.isdir(self.root):
             what = "is not a folder" if os.path.exists(self.root) else "does not exist"
             raise FileNotFoundError(
@@ -61,46 +62,19 @@ class ImageFolder(FileSource):
         self._index()
 
     def _index(self) -> None:
-        seen = {os.path.realpath(self.root)}
-        files, folders = _list_folder(self.root)
-        files = [name for name in files if self._is_image(name)]
-        for name in files:
-            self._paths.append(name)
-        for label, folder in enumerate(folders):
-            for path in self._walk(folder, seen):
-                self._paths.append(path)
-                if not files:
-                    self._labels.append(label)
+        left_out = LeftOut()
+        files, folders, below = find_by_class(self.root, self.extensions, left_out)
+        for path in files:
+            self._paths.append(path)
+        for path, label in below:
+            self._paths.append(path)
+            if not files:
+                self._labels.append(label)
         if not self._paths:
             raise ValueError(
                 f"no image below {os.path.abspath(self.root)!r}; looked for files that end in "
-                f"{', '.join(self.extensions)}"
+                f"{', '.join(self.extensions)}" + (f"; {left_out}" if left_out else "")
             )
+        left_out.report(self.root, len(self._paths))
         if not files:
             self.classes = tuple(folders)
-
-    def _walk(self, folder: str, seen: set[str]) -> Iterator[str]:
-        """Images below a folder, relative to the root."""
-        real = os.path.realpath(os.path.join(self.root, folder))
-        if real in seen:
-            return
-        seen.add(real)
-        files, folders = _list_folder(os.path.join(self.root, folder))
-        for name in files:
-            if self._is_image(name):
-                yield os.path.join(folder, name)
-        for name in folders:
-            yield from self._walk(os.path.join(folder, name), seen)
-
-    def _is_image(self, name: str) -> bool:
-        return name.lower().endswith(self.extensions)
-
-
-def _list_folder(folder: str) -> tuple[list[str], list[str]]:
-    """Sorted names of the files and of the folders in a folder."""
-    files, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith("."):
-                (folders if entry.is_dir() else files).append(entry.name)
-    return sorted(files), sorted(folders)

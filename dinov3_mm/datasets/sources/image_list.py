@@ -2,21 +2,28 @@
 
 import csv
 import os
+import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mmengine.registry import DATASETS
 
+from dinov3_mm.datasets.image_files import open_text, text_lines
 from dinov3_mm.datasets.sources.base import FileSource
+
+_DELIMITERS = (",", ";", "\t")
+_NEGATIVE = re.compile(r"-\d+(\.0*)?")
 
 
 @DATASETS.register_module()
 class ImageList(FileSource):
     """Images listed in a file.
 
-    A ``.csv`` file has a header with the column ``path`` and optionally ``label``; any other file
-    has one path per line. If all labels are integers they are used as they are, otherwise
-    ``classes`` are the sorted distinct labels. Blank lines are skipped.
+    A table has a header with the column ``path`` and optionally ``label``, and commas, semicolons
+    or tabs between the columns; any other file has one path per line. Blanks around paths and
+    labels do not count, and blank lines are skipped. If all labels are integers they are used as
+    they are, otherwise ``classes`` are the sorted distinct labels; an image without a label, or
+    with a negative one, is refused. UTF-8, or UTF-16 with its mark at the beginning.
 
     Args:
         path (str): The list.
@@ -47,37 +54,47 @@ class ImageList(FileSource):
             raise FileNotFoundError(f"image list {os.path.abspath(path)!r} does not exist")
         root = os.path.dirname(path) if root is None else root
         super().__init__(root, color, decode_min_side, channels=channels, value_range=value_range)
-        if path.lower().endswith(".csv"):
-            self._read_csv(path)
-        else:
-            with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
-                for line in lines:
-                    if line := line.strip():
-                        self._paths.append(line)
+        self._read(path)
         if not self._paths:
             raise ValueError(f"image list {os.path.abspath(path)!r} names no image")
 
-    def _read_csv(self, path: str) -> None:
+    def _read(self, path: str) -> None:
+        with open_text(path) as file:
+            header = next(text_lines(file, path), "")
+        delimiter = next((d for d in _DELIMITERS if d in header), ",")
+        columns = [name.strip().strip('"').lower() for name in header.split(delimiter)]
+        if path.lower().endswith((".csv", ".tsv")) or ("path" in columns and len(columns) > 1):
+            self._read_table(path, columns, delimiter)
+            return
+        with open_text(path) as file:
+            for line in text_lines(file, path):
+                if line := line.strip():
+                    self._paths.append(line)
+
+    def _read_table(self, path: str, columns: list[str], delimiter: str) -> None:
+        if "path" not in columns:
+            raise ValueError(
+                f"the first line of {path!r} must name a column 'path' (and may name 'label'), "
+                f"got {columns}"
+            )
         labels = []
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            if "path" not in columns:
-                raise ValueError(
-                    f"the first line of {path!r} must name a column 'path' (and may name 'label'), "
-                    f"got {columns}"
-                )
-            for row in reader:
-                if row["path"]:
-                    self._paths.append(row["path"])
-                    labels.append(row.get("label"))
+        for row in _rows(path, delimiter):
+            cells = dict(zip(columns, row))
+            if cells.get("path"):
+                self._paths.append(cells["path"])
+                labels.append(cells.get("label"))
         if "label" in columns:
             self._set_labels(labels, path)
 
     def _set_labels(self, labels: list[str | None], path: str) -> None:
         for number, label in enumerate(labels):
-            if not label:
-                raise ValueError(f"image {number} of {path!r} ({self._paths[number]}) has no label")
+            if label and not _NEGATIVE.fullmatch(label):
+                continue
+            what = f"the label {label}" if label else "no label"
+            raise ValueError(
+                f"image {number} of {path!r} ({self._paths[number]}) has {what}; labels are names, "
+                "or numbers from 0: take unlabelled images out of the list, or the column out of it"
+            )
         try:
             self._labels = array("q", [int(label) for label in labels])
             self.classes = tuple(str(label) for label in range(max(self._labels, default=-1) + 1))
@@ -85,3 +102,20 @@ class ImageList(FileSource):
             self.classes = tuple(sorted(set(labels)))
             lookup = {name: index for index, name in enumerate(self.classes)}
             self._labels = array("q", [lookup[label] for label in labels])
+
+
+def _rows(path: str, delimiter: str) -> Iterator[list[str]]:
+    """Cells of the lines behind the header of a table, without blanks around them."""
+    with open_text(path, newline="") as file:
+        rows = csv.reader(
+            text_lines(file, path), delimiter=delimiter, skipinitialspace=True, strict=True
+        )
+        try:
+            next(rows)
+            for row in rows:
+                yield [cell.strip() for cell in row]
+        except csv.Error as error:
+            raise ValueError(
+                f"{os.path.abspath(path)}, line {rows.line_num}: {error}; put a name that holds a "
+                "quotation mark in quotation marks, and double it"
+            ) from error

@@ -6,8 +6,8 @@ import numpy as np
 from mmengine import fileio
 from mmengine.registry import DATASETS
 
-from dinov3_mm.datasets.sources.decode import BrokenImageError
-from dinov3_mm.datasets.sources.pixel_format import PixelFormat
+from dinov3_mm.datasets.images import BrokenImageError
+from dinov3_mm.datasets.multiband import PixelFormat
 
 
 @DATASETS.register_module()

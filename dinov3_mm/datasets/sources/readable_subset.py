@@ -6,7 +6,7 @@ import numpy as np
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
-from dinov3_mm.datasets.sources.decode import BrokenImageError
+from dinov3_mm.datasets.images import BrokenImageError
 
 
 @DATASETS.register_module()

@@ -1,7 +1,6 @@
 """Multi-crop augmentation for training, and the transform of an image for inference."""
 
 from dinov3_mm.datasets.transforms.inference import make_transform
-from dinov3_mm.datasets.transforms.load_missing_image import LoadMissingImage
 from dinov3_mm.datasets.transforms.multi_crop import PAPER_BLUR, RELEASED_BLUR, MultiCrop
 from dinov3_mm.datasets.transforms.multi_resolution import MultiResolutionCrop
 from dinov3_mm.datasets.transforms.photometric import DINOv3PhotoMetricDistortion
@@ -10,7 +9,6 @@ __all__ = [
     "PAPER_BLUR",
     "RELEASED_BLUR",
     "DINOv3PhotoMetricDistortion",
-    "LoadMissingImage",
     "MultiCrop",
     "MultiResolutionCrop",
     "make_transform",

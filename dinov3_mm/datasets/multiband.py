@@ -1,23 +1,45 @@
-"""What a source makes of the pixels of its files."""
+"""Images of any channels and precision: ``color='unchanged'``, and what a source asks of its files.
 
+The rest of :mod:`dinov3_mm.datasets.images` applies here too: the EXIF orientation, the limit of
+pixels, one error for damaged files. Alpha counts as a channel.
+"""
+
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
+import cv2
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
-from dinov3_mm.datasets.sources.decode import (
+from dinov3_mm.datasets.images import (
+    COLOR_CHANNELS,
+    SIXTEEN_BIT_FORMATS,
     BrokenImageError,
+    Decoded,
+    ImageHeader,
+    check_pixels,
     decode_image,
-    read_image,
-    read_image_size,
+    displayed_size,
+    explain,
+    opened,
+    orientation_of,
+    read_bytes,
+    read_size,
+    turned,
 )
-from dinov3_mm.datasets.sources.multiband import ImageHeader, decode_unchanged, read_header
+from dinov3_mm.datasets.tiff import TIFF_STARTS, decode_tiff, tiff_shape
 from dinov3_mm.suggest import hint
 
 UNCHANGED = "unchanged"
-COLOR_MODES = {"rgb": 3, "gray": 1, UNCHANGED: None}
+COLOR_MODES = {**COLOR_CHANNELS, UNCHANGED: None}
 DEFAULT_RANGES = {"bool": (0, 1), "uint8": (0, 255), "uint16": (0, 65535)}
+NPY_START = b"\x93NUMPY"
 _STRAY_SHARE = 0.01
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"IEND"
+_PNG_DEPTH_AT = 24
+# Palette entries are no pixel values, and one-bit pixels are 0 and 255 everywhere else.
+_EXPANDED_MODES = {"P": "RGB", "PA": "RGBA", "1": "L"}
 
 
 class PixelFormat:
@@ -32,7 +54,7 @@ class PixelFormat:
             and 1 on the scale of mean and std (0 and 255 within the pipeline); values outside are
             clipped. None: 0..255 for 8-bit, 0..65535 for 16-bit, 0..1 for float pixels.
         min_side (int | None): For ``'rgb'`` and ``'gray'``: see
-            :func:`~dinov3_mm.datasets.sources.decode.read_image`.
+            :func:`~dinov3_mm.datasets.images.read_image`.
 
     Raises:
         ValueError: If an argument is unknown, out of range, or does not belong to the color mode.
@@ -64,13 +86,7 @@ class PixelFormat:
 
     def read(self, path: str) -> np.ndarray:
         """Decode a file; BrokenImageError if that fails."""
-        if self.color != UNCHANGED:
-            return read_image(path, self.color, self.min_side)
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise BrokenImageError(str(path), error.strerror or str(error)) from error
-        return self.decode(data, str(path))
+        return self.decode(read_bytes(path), str(path))
 
     def decode(self, data: bytes, path: str) -> np.ndarray:
         """Decode the bytes of a file; ``path`` is for messages."""
@@ -89,7 +105,7 @@ class PixelFormat:
         """Height, width and stored channels of a file (3 or 1 for ``'rgb'`` and ``'gray'``)."""
         if self.color == UNCHANGED:
             return read_header(path)
-        return ImageHeader(*read_image_size(path), COLOR_MODES[self.color])
+        return ImageHeader(*read_size(path), COLOR_MODES[self.color])
 
     def _scaled(self, pixels: np.ndarray, path: str) -> np.ndarray:
         """8-bit pixels as they are, all others as float32 in 0..255."""
@@ -114,6 +130,114 @@ class PixelFormat:
         scaled *= 255 / (high - low)
         np.clip(scaled, 0, 255, out=scaled)
         return np.ascontiguousarray(scaled, dtype=np.float32)
+
+
+def decode_unchanged(data: bytes, path: str) -> np.ndarray:
+    """Decode the bytes of an image file to ``(H, W, C)`` without conversion.
+
+    TIFF (interleaved, planar or one band a page), ``.npy`` arrays of shape ``(H, W)`` or
+    ``(H, W, C)``, and whatever PIL opens: PNG of 8 and 16 bits, JPEG, WebP, BMP. Palettes are
+    resolved to colours.
+
+    Raises:
+        BrokenImageError: If the data cannot be decoded completely.
+        ImportError: If a TIFF file needs a package that is missing.
+    """
+    try:
+        pixels, orientation = _decode(data)
+        pixels = turned(pixels, orientation)
+    except ImportError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise BrokenImageError(path, explain(error, data)) from error
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or not pixels.size:
+        raise BrokenImageError(path, f"expected (height, width, channels), got {pixels.shape}")
+    return pixels
+
+
+def decode_map(data: bytes, path: str, *, palette: bool) -> np.ndarray:
+    """Decode a map of labels or depths: the values as stored, (H, W), or (H, W, C) for colours.
+
+    Args:
+        data: bytes of an image or ``.npy`` file.
+        path: for messages.
+        palette: take the indices of palette images; else their colours.
+
+    Raises:
+        BrokenImageError: If it cannot be decoded completely.
+    """
+    try:
+        if data.startswith(NPY_START):
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        try:
+            with opened(data) as image:
+                image.load()
+                return np.array(
+                    image.convert("RGB") if image.mode == "P" and not palette else image
+                )
+        except UnidentifiedImageError:
+            if not data.startswith(TIFF_STARTS):
+                raise
+        pixels = _decode(data).pixels
+        return pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise BrokenImageError(path, explain(error, data)) from error
+
+
+def read_header(path: str) -> ImageHeader:
+    """Size and channels of an image file; raises as :func:`decode_unchanged`."""
+    start = b""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(32)
+            if start.startswith(TIFF_STARTS):
+                return ImageHeader(*tiff_shape(path))
+            if start.startswith(NPY_START):
+                shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+                return ImageHeader(*shape[:2], shape[2] if len(shape) > 2 else 1)
+            file.seek(0)
+            with opened(file) as image:
+                bands = Image.getmodebands(_EXPANDED_MODES.get(image.mode, image.mode))
+                return ImageHeader(*displayed_size(image), bands)
+    except ImportError:
+        raise
+    except OSError as error:
+        raise BrokenImageError(str(path), error.strerror or explain(error, start)) from error
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise BrokenImageError(str(path), explain(error, start)) from error
+
+
+def _decode(data: bytes) -> Decoded:
+    if data.startswith(TIFF_STARTS):
+        check_pixels(*tiff_shape(io.BytesIO(data))[:2])
+        image = decode_tiff(data)
+        return Decoded(image.pixels, image.orientation)
+    if data.startswith(NPY_START):
+        return Decoded(np.load(io.BytesIO(data), allow_pickle=False), 1)
+    with opened(data) as image:
+        if data.startswith(_PNG_START) and data[_PNG_DEPTH_AT] == 16:
+            return Decoded(_decode_deep_png(data), orientation_of(image))
+        image.load()
+        mode = _EXPANDED_MODES.get(image.mode)
+        pixels = np.array(image.convert(mode) if mode else image)
+        if image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS:
+            pixels = pixels.astype(np.uint16)
+        return Decoded(pixels, orientation_of(image))
+
+
+def _decode_deep_png(data: bytes) -> np.ndarray:
+    """16-bit PNG, whose colours PIL would cut to 8 bits."""
+    # OpenCV returns what it has of a truncated file.
+    if _PNG_END not in data[-64:]:
+        raise ValueError("truncated: no end marker")
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise ValueError("OpenCV cannot decode this PNG file")
+    if image.ndim == 3:
+        image[..., :3] = image[..., 2::-1].copy()
+    return image
 
 
 def _check_unit_range(pixels: np.ndarray, path: str) -> None:

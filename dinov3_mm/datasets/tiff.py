@@ -5,14 +5,34 @@ import math
 import os
 import struct
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+UNCHANGED_ADVICE = "read them with color='unchanged', or store them in 8 or 16 bits"
+_BITS_TAG, _ORIENTATION_TAG, _PLANAR_TAG = 258, 274, 284
+# What the bands of an image mean, and how many they are.
+_COLORS = (("MINISBLACK", 1), ("RGB", 3), ("RGB", 4))
 
 
-def decode_tiff(data: bytes) -> np.ndarray:
-    """Read the first image of a TIFF file as ``(H, W, C)`` in its own pixel type.
+class TiffImage(NamedTuple):
+    """What a TIFF file holds.
+
+    Attributes:
+        pixels: (H, W, C) as stored, in the pixel type of the file.
+        orientation: by which they are to be turned, 1 to 8.
+        photometric: what the values mean, such as 'RGB' or 'MINISBLACK'.
+    """
+
+    pixels: np.ndarray
+    orientation: int
+    photometric: str
+
+
+def decode_tiff(data: bytes) -> TiffImage:
+    """Read the first image of a TIFF file.
 
     Bands may be interleaved, planar, or one a page; of a pyramid the full size is read.
 
@@ -35,19 +55,71 @@ def decode_tiff(data: bytes) -> np.ndarray:
                 ) from error
             raise
         rows, columns = series.axes.index("Y"), series.axes.index("X")
+        orientation = _orientation(series.keyframe)
+        photometric = _photometric(series.keyframe)
     order = [rows, columns, *bands]
     rest = [axis for axis in range(pixels.ndim) if axis not in order]
     pixels = pixels.transpose(*order, *rest)
-    return pixels.reshape(*pixels.shape[:2], -1)
+    return TiffImage(pixels.reshape(*pixels.shape[:2], -1), orientation, photometric)
 
 
-def tiff_shape(file_or_path: str | os.PathLike | io.BytesIO) -> tuple[int, int, int]:
-    """Rows, columns and bands from the header of a TIFF file; raises as :func:`decode_tiff`."""
+def decode_colors(data: bytes) -> TiffImage:
+    """Read a TIFF file of grey or coloured pixels of 8 or 16 bits as uint8, the upper eight bits.
+
+    Raises:
+        ValueError: If it holds something else, such as the bands of a satellite; else as
+            :func:`decode_tiff`.
+    """
+    image = decode_tiff(data)
+    _check_colors(image.photometric, image.pixels.shape[2], image.pixels.dtype)
+    pixels = image.pixels
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    return image._replace(pixels=np.ascontiguousarray(pixels))
+
+
+def _check_colors(photometric: str, channels: int, dtype: np.dtype) -> None:
+    if (photometric, channels) not in _COLORS or dtype not in (np.uint8, np.uint16):
+        raise ValueError(
+            f"a TIFF file of {channels} {photometric} bands of {dtype} is no 8-bit image; "
+            f"{UNCHANGED_ADVICE}"
+        )
+
+
+def is_misread(image: Image.Image) -> bool:
+    """Whether PIL opens a TIFF file, but takes the bytes of its deep planes for shallow ones."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_TAG, ())
+    return tags.get(_PLANAR_TAG) == 2 and len(bits) > 1 and max(bits) > 8
+
+
+def tiff_shape(
+    file_or_path: str | os.PathLike | io.BytesIO, *, colors: bool = False
+) -> tuple[int, int, int]:
+    """Rows, columns and bands of the turned image, from the header of a TIFF file.
+
+    Raises as :func:`decode_tiff`, or with ``colors`` as :func:`decode_colors`.
+    """
     with _tifffile().TiffFile(file_or_path) as file:
         series = file.series[0]
         shape = dict(zip(series.axes, series.shape))
         bands = _band_axis(series.axes, series.shape)
-        return shape["Y"], shape["X"], math.prod(series.shape[axis] for axis in bands)
+        size = shape["Y"], shape["X"]
+        if _orientation(series.keyframe) > 4:
+            size = size[::-1]
+        channels = math.prod(series.shape[axis] for axis in bands)
+        if colors:
+            _check_colors(_photometric(series.keyframe), channels, series.dtype)
+        return *size, channels
+
+
+def _orientation(page) -> int:
+    tag = page.tags.get(_ORIENTATION_TAG)
+    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
+
+
+def _photometric(page) -> str:
+    return getattr(page.photometric, "name", "unknown")
 
 
 def _tifffile() -> ModuleType:
@@ -55,7 +127,8 @@ def _tifffile() -> ModuleType:
         import tifffile
     except ImportError as error:
         raise ImportError(
-            "TIFF files with color='unchanged' need tifffile: pip install 'dinov3_mm[data]'"
+            "TIFF files of several bands, of 16-bit colours, or with color='unchanged' need "
+            "tifffile: pip install 'dinov3_mm[data]'"
         ) from error
     return tifffile
 
