@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, RUNNERS
 
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
+from dinov3_mm.engine.hooks import ScheduleCheckHook
 from dinov3_mm.engine.host_config import is_host_config, settle_host
 from dinov3_mm.engine.runner.training_state import read_meta
 from dinov3_mm.engine.stages import refuse_orphan
@@ -41,6 +42,7 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     if is_host_config(cfg):
         lines = settle_host(cfg)
         runner = RUNNERS.build(cfg)
+        runner.register_hook(ScheduleCheckHook())
         for line in (*notes, *lines):
             runner.logger.info(line)
         return runner

@@ -14,6 +14,7 @@ from .label_check import LabelCheckHook
 from .logging import ProgressHook
 from .per_student import PerStudentHook
 from .schedule import OptimScheduleHook
+from .schedule_check import ScheduleCheckHook
 from .teacher_ema import TeacherEMAHook
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PretrainCheckpointHook",
     "ProgressHook",
     "RetrievalEvalHook",
+    "ScheduleCheckHook",
     "SummaryHook",
     "TeacherEMAHook",
 ]
