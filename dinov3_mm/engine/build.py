@@ -9,6 +9,7 @@ from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_di
 from mmengine.registry import MODELS, RUNNERS
 
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
+from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
 from dinov3_mm.engine.hooks import ScheduleCheckHook
 from dinov3_mm.engine.host_config import is_host_config, settle_host
@@ -40,7 +41,7 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     # The runner would guess from the environment; the process group is there or it is not.
     cfg.launcher = "pytorch" if is_distributed() else "none"
     if is_host_config(cfg):
-        lines = settle_host(cfg)
+        lines = [*settle_host(cfg), *settle_objects(cfg, splits=("train", "val"))]
         runner = RUNNERS.build(cfg)
         runner.register_hook(ScheduleCheckHook())
         for line in (*notes, *lines):
