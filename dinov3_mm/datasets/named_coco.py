@@ -61,11 +61,11 @@ class NamedCocoMetric(CocoMetric):
         super().__init__(ann_file=None, **kwargs)
         self.ann_file = ann_file
 
-    def compute_metrics(self, results: list) -> dict[str, float]:
-        """Metrics of all samples, by name."""
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """Keep the predictions of a batch; the names are known from the first one on."""
         if self._coco_api is None and self.ann_file is not None:
             self._coco_api = _ordered_api(self.ann_file, classes=self.dataset_meta["classes"])
-        return super().compute_metrics(results)
+        super().process(data_batch, data_samples)
 
     def results2json(self, results: Sequence[dict], outfile_prefix: str) -> dict[str, str]:
         """Write predictions; returns the files by kind."""

@@ -207,7 +207,11 @@ CLASSES = ("apple", "pear", "plum")
 def test_labels_follow_names(tmp_path, categories):
     path = write_split(tmp_path, "train.json", "train", categories)
     data = NamedCocoDataset(
-        ann_file=str(path), metainfo=dict(classes=CLASSES), pipeline=[], test_mode=True
+        ann_file=str(path),
+        data_prefix=dict(img="train"),
+        metainfo=dict(classes=CLASSES),
+        pipeline=[],
+        test_mode=True,
     )
     labels = [data.get_data_info(i)["instances"][0]["bbox_label"] for i in range(4)]
     assert [CLASSES[label] for label in labels] == [name for name, _ in TRUTH]
