@@ -18,5 +18,5 @@ model = dict(
         init_cfg=dict(type='DINOv3HeadPretrained', kind='mask2former', checkpoint=released),
     ),
 )
-param_scheduler = [dict(type='PolyLR', power=0.9, eta_min=0.0, begin=0, end=20000, by_epoch=False)]
+param_scheduler = [dict(type='PolyLR', power=0.9, eta_min=0.0, by_epoch=False)]
 train_cfg = dict(max_iters=20000)

@@ -9,7 +9,9 @@ from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_di
 from mmengine.registry import MODELS, RUNNERS
 
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
+from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
+from dinov3_mm.engine.hooks import ScheduleCheckHook
 from dinov3_mm.engine.hooks.host_checkpoint import write_aside
 from dinov3_mm.engine.hooks.resume import ResumeHook
 from dinov3_mm.engine.host_config import is_host_config, settle_host
@@ -43,7 +45,11 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     cfg.launcher = "pytorch" if is_distributed() else "none"
     if is_host_config(cfg):
         meta = read_resumed(cfg)
-        lines = [*settle_host(cfg), *use_compute_dtype(cfg)]
+        lines = [
+            *settle_host(cfg),
+            *settle_objects(cfg, splits=("train", "val")),
+            *use_compute_dtype(cfg),
+        ]
         write_aside(cfg)
     else:
         fill_defaults(cfg)
@@ -59,6 +65,8 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
         refuse_resumed(cfg, meta)
     runner = RUNNERS.build(cfg)
     runner.register_hook(ResumeHook(copy.deepcopy(cfg), meta))
+    if is_host_config(cfg):
+        runner.register_hook(ScheduleCheckHook())
     for line in (*notes, *lines):
         runner.logger.info(line)
     return runner

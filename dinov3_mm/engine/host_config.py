@@ -12,6 +12,7 @@ from dinov3_mm.checkpoints.model_hub import parse_hub_name
 from dinov3_mm.checkpoints.released import located
 from dinov3_mm.checkpoints.statistics import Statistics, find_statistics
 from dinov3_mm.datasets.image_files import is_hidden
+from dinov3_mm.engine.coco_config import set_coco_root
 from dinov3_mm.engine.config import ConfigError
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -46,7 +47,8 @@ def set_data_root(cfg: Config, folder: str) -> None:
     """Read every data set from ``folder`` in place of the config's ``data_root``.
 
     Paths below the old root in data sets and evaluators follow. A classifier of folders gets as
-    many classes as there are folders.
+    many classes as there are folders. Annotation files of objects are looked for, see
+    :func:`~dinov3_mm.engine.coco_config.set_coco_root`.
 
     Raises:
         ConfigError: the config has no ``data_root``, or there is no such folder.
@@ -54,6 +56,8 @@ def set_data_root(cfg: Config, folder: str) -> None:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ConfigError(f"--data: {path} is no folder; give the root of the data set")
+    if set_coco_root(cfg, path):
+        return
     parts = [cfg.get(name) for name in (*LOADERS, *EVALUATORS) if cfg.get(name)]
     roots = {part["data_root"] for part in _dicts(parts) if part.get("data_root")}
     if not roots:

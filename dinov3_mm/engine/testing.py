@@ -11,8 +11,9 @@ from mmengine.registry import RUNNERS
 from torch import nn
 
 from dinov3_mm.checkpoints import atomic_write
-from dinov3_mm.checkpoints.run_checkpoint import load_run_checkpoint
+from dinov3_mm.checkpoints.run_checkpoint import load_run_checkpoint, read_run_checkpoint
 from dinov3_mm.checkpoints.weights_record import WEIGHTS
+from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.host_config import is_host_config, settle_host
 from dinov3_mm.engine.precision import use_compute_dtype
@@ -44,12 +45,25 @@ def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = N
         raise ConfigError(f"there is no checkpoint {checkpoint}")
     cfg.launcher = "pytorch" if is_distributed() else "none"
     cfg.load_from, cfg.resume = None, False
-    lines = [*(settle_host(cfg) if checkpoint is None else []), *use_compute_dtype(cfg)]
+    lines = settle_host(cfg) if checkpoint is None else []
+    lines += settle_objects(cfg, splits=("test",), known=_trained_classes(checkpoint))
+    lines += use_compute_dtype(cfg)
     runner = RUNNERS.build(cfg)
     for line in lines:
         runner.logger.info(line)
     load_model_weights(runner.model, checkpoint, weights=weights)
     return runner
+
+
+def _trained_classes(checkpoint: str | None) -> tuple[str, ...]:
+    """Names of a trained model's outputs; none if its checkpoint does not say them."""
+    if checkpoint is None:
+        return ()
+    try:
+        meta = read_run_checkpoint(Path(checkpoint).expanduser()).get("meta") or {}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return tuple((meta.get("dataset_meta") or {}).get("classes") or ())
 
 
 def load_model_weights(

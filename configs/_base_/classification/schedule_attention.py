@@ -6,7 +6,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500),
-    dict(type='CosineAnnealingLR', T_max=12000, eta_min=0.0, by_epoch=False, begin=500, end=12500),
+    dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=False, begin=500),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=12500, val_interval=1250)
 val_cfg = dict()

@@ -4,7 +4,7 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr=1e-2 * 1024 / 256, momentum=0.9, weight_decay=0.0),
 )
-param_scheduler = [dict(type='CosineAnnealingLR', T_max=12500, eta_min=0.0, by_epoch=False)]
+param_scheduler = [dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=False)]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=12500, val_interval=1250)
 val_cfg = dict()
 test_cfg = dict()

@@ -40,7 +40,7 @@ model = dict(
 optim_wrapper = _base_.tuned_optim_wrapper
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=True, end=5, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', T_max=45, eta_min=0.0, by_epoch=True, begin=5, end=50, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=True, begin=5, convert_to_iter_based=True),
 ]
 train_cfg = dict(_delete_=True, by_epoch=True, max_epochs=50, val_interval=1)
 log_processor = dict(by_epoch=True)

@@ -7,11 +7,11 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=35.0),
 )
 param_scheduler = [
-    dict(type='WarmupOneCycleLR', total_iters=max_iters, warmup_iters=12800, final_div_factor=1000.0),
+    dict(type='WarmupOneCycleLR', by_epoch=False, warmup_iters=1 / 3, final_div_factor=1000.0),
     dict(
         type='WarmupOneCycleMomentum',
-        total_iters=max_iters,
-        warmup_iters=12800,
+        by_epoch=False,
+        warmup_iters=1 / 3,
         base_momentum=0.85,
         max_momentum=0.95,
     ),

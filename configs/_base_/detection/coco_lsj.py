@@ -22,6 +22,9 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
-train_dataloader = dict(num_workers=4, dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(num_workers=4, dataset=dict(pipeline=test_pipeline))
+# Labels follow the names of the classes, not their place in the annotation file.
+train_dataloader = dict(num_workers=4, dataset=dict(type='NamedCocoDataset', pipeline=train_pipeline))
+val_dataloader = dict(num_workers=4, dataset=dict(type='NamedCocoDataset', pipeline=test_pipeline))
 test_dataloader = val_dataloader
+val_evaluator = dict(type='NamedCocoMetric')
+test_evaluator = val_evaluator

@@ -22,6 +22,8 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=0.1),
 )
 
+param_scheduler = [dict(type='MultiStepShareLR', by_epoch=True, shares=[11 / 12], gamma=0.1)]
+
 custom_imports = dict(imports=['dinov3_mm', 'dinov3_mm.models.detection'])
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=1, save_best='coco/bbox_mAP', rule='greater'))
 custom_hooks = [dict(type='FrozenBackboneHook'), dict(type='NumClassCheckHook')]

@@ -74,4 +74,4 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys=dict(cpb_mlp=dict(decay_mult=0.0))),
     clip_grad=dict(max_norm=0.1),
 )
-param_scheduler = [dict(type='MultiStepLR', begin=0, end=12, by_epoch=True, milestones=[11], gamma=0.1)]
+param_scheduler = [dict(type='MultiStepShareLR', by_epoch=True, shares=[11 / 12], gamma=0.1)]

@@ -1,7 +1,7 @@
 # What every detector shares: imports, logs, checkpoints of the head with a record of the frozen backbone.
 _base_ = 'mmdet::_base_/default_runtime.py'
 
-custom_imports = dict(imports=['dinov3_mm', 'dinov3_mm.models.detection'])
+custom_imports = dict(imports=['dinov3_mm', 'dinov3_mm.models.detection', 'dinov3_mm.datasets.named_coco'])
 default_hooks = dict(
     checkpoint=dict(interval=1, max_keep_ckpts=1, save_best='coco/bbox_mAP', rule='greater'),
     visualization=dict(type='DetVisualizationHook', draw=False),

@@ -29,5 +29,5 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-param_scheduler = [dict(type='PolyLR', power=0.9, eta_min=0.0, begin=0, end=80000, by_epoch=False)]
+param_scheduler = [dict(type='PolyLR', power=0.9, eta_min=0.0, by_epoch=False)]
 train_cfg = dict(max_iters=80000)

@@ -16,6 +16,7 @@ from .logging import ProgressHook
 from .per_student import PerStudentHook
 from .resume import ResumeHook
 from .schedule import OptimScheduleHook
+from .schedule_check import ScheduleCheckHook
 from .teacher_ema import TeacherEMAHook
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "ProgressHook",
     "ResumeHook",
     "RetrievalEvalHook",
+    "ScheduleCheckHook",
     "SummaryHook",
     "TeacherEMAHook",
 ]

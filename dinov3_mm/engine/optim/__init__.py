@@ -1,8 +1,8 @@
 """Schedules, parameter groups and the optimizer wrapper of DINOv3 pretraining."""
 
 from .constructor import PretrainOptimConstructor
+from .head_schedules import MultiStepShareLR, WarmupOneCycleLR, WarmupOneCycleMomentum
 from .layer_decay import LayerDecayOptimConstructor
-from .one_cycle import WarmupOneCycleLR, WarmupOneCycleMomentum
 from .param_groups import BACKBONE, ParamMultipliers, build_param_groups, param_multipliers
 from .schedule_config import build_schedule, lr_scale, scale_lr_schedule
 from .schedules import (
@@ -20,6 +20,7 @@ __all__ = [
     "CosineSchedule",
     "LayerDecayOptimConstructor",
     "LinearSchedule",
+    "MultiStepShareLR",
     "ParamMultipliers",
     "PretrainOptimConstructor",
     "PretrainOptimWrapper",

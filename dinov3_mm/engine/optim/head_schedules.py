@@ -1,12 +1,18 @@
-"""The schedule of the official linear segmentation and depth heads: a warm-up, then one cosine.
+"""Schedules of heads, as long as the run.
 
-It is no ``OneCycleLR``: the cosine runs over the whole training, warm-up included, and the rate may
-jump where the warm-up ends.
+That of the official linear segmentation and depth heads is a warm-up, then one cosine. It is no
+``OneCycleLR``: the cosine runs over the whole training, warm-up included, and the rate may jump
+where the warm-up ends. Detectors fall in steps, here at shares of the run.
+
+MMEngine's runner gives the length of the run as ``end`` to every schedule whose config leaves it
+out, so those of the shipped configs do.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from mmengine.optim import MultiStepLR
 from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
 from mmengine.optim.scheduler.momentum_scheduler import MomentumSchedulerMixin
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
@@ -19,17 +25,27 @@ class _OneCycle(_ParamScheduler):
     def __init__(
         self,
         *args: Any,
-        total_iters: int,
-        warmup_iters: int,
+        total_iters: int | None,
+        warmup_iters: int | float,
         delay: int = 0,
         by_epoch: bool = False,
         end: int | None = None,
         **kwargs: Any,
     ) -> None:
+        # MMEngine's runner gives ``end`` to every scheduler: the length of the run, in epochs where
+        # a config does not say by_epoch=False.
+        total_iters = end if total_iters is None else total_iters
+        if total_iters is None:
+            raise ValueError(
+                "total_iters is missing; give it, or by_epoch=False and a run's length"
+            )
+        if isinstance(warmup_iters, float):
+            warmup_iters = round(warmup_iters * total_iters)
         if not 0 <= warmup_iters < total_iters:
             raise ValueError(
                 f"warmup_iters is {warmup_iters} and total_iters is {total_iters}; expected "
-                "0 <= warmup_iters < total_iters, the iterations of the whole training"
+                "0 <= warmup_iters < total_iters, the iterations of the whole training: shorten "
+                "the warm-up with the run, or give it as a share such as warmup_iters=0.1"
             )
         if delay < 0:
             raise ValueError(f"delay is {delay}; expected 0 or more iterations")
@@ -38,8 +54,7 @@ class _OneCycle(_ParamScheduler):
         self.total_iters = total_iters
         self.warmup_iters = warmup_iters
         self.delay = delay
-        # MMEngine's runner gives ``end`` to every scheduler, in epochs where a config does not say
-        # by_epoch=False. The end of this one is total_iters.
+        # Its end is total_iters.
         super().__init__(*args, by_epoch=by_epoch, **kwargs)
 
     @property
@@ -61,14 +76,16 @@ class WarmupOneCycleLR(LRSchedulerMixin, _OneCycle):
 
     Args:
         optimizer: optimizer or its wrapper.
-        total_iters: iterations of the training, T.
-        warmup_iters: iterations of the warm-up, W.
+        total_iters: iterations of the training, T. By default those of the run; a config then says
+            ``by_epoch=False``.
+        warmup_iters: iterations of the warm-up, W; a float below 1 is a share of T.
         warmup_ratio: share of the peak at which the warm-up begins; 0 for the second formula.
         div_factor: see above.
         final_div_factor: see above; None ends at zero.
         delay: first iterations that do not count; the official segmentation trainer's is 1, so
             that its first two iterations share a rate.
-        **kwargs: ``begin``, ``last_step``, ``verbose`` of MMEngine; ``end`` is ignored.
+        **kwargs: ``begin``, ``last_step``, ``verbose`` of MMEngine; ``end``, which its runner
+            gives, stands in for ``total_iters``.
 
     Raises:
         ValueError: if the numbers of iterations or the factors make no schedule.
@@ -78,8 +95,8 @@ class WarmupOneCycleLR(LRSchedulerMixin, _OneCycle):
         self,
         optimizer: Any,
         *,
-        total_iters: int,
-        warmup_iters: int,
+        total_iters: int | None = None,
+        warmup_iters: int | float,
         warmup_ratio: float = 0.0,
         div_factor: float = 25.0,
         final_div_factor: float | None = None,
@@ -136,8 +153,8 @@ class WarmupOneCycleMomentum(MomentumSchedulerMixin, _OneCycle):
         self,
         optimizer: Any,
         *,
-        total_iters: int,
-        warmup_iters: int,
+        total_iters: int | None = None,
+        warmup_iters: int | float,
         base_momentum: float = 0.85,
         max_momentum: float = 0.95,
         warmup_momentum: float = 0.0,
@@ -164,3 +181,25 @@ class WarmupOneCycleMomentum(MomentumSchedulerMixin, _OneCycle):
 
 def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@PARAM_SCHEDULERS.register_module()
+class MultiStepShareLR(MultiStepLR):
+    """Learning rate that falls at shares of the run: ``MultiStepLR`` that knows its length.
+
+    Args:
+        optimizer: optimizer or its wrapper.
+        shares: where the rate falls, from 0 to 1. [9 / 12, 11 / 12] of 24 epochs are 18 and 22.
+        end: length of the run; MMEngine's runner gives it.
+        **kwargs: see MMEngine's ``MultiStepLR``; ``milestones`` come from ``shares``.
+
+    Raises:
+        ValueError: for shares outside of 0 to 1.
+    """
+
+    def __init__(self, optimizer: Any, *, shares: Sequence[float], end: int, **kwargs: Any) -> None:
+        if not all(0 < share <= 1 for share in shares):
+            raise ValueError(f"shares are {list(shares)}; expected numbers above 0 and up to 1")
+        # Down, so that the lowest rate has an epoch in a short run too.
+        milestones = [max(math.floor(share * end + 1e-9), 1) for share in shares]
+        super().__init__(optimizer, milestones=milestones, end=end, **kwargs)
