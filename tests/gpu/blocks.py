@@ -1,0 +1,284 @@
+"""Blocks on the device: attention backends, compilation, recomputation, CUDA graphs."""
+
+import gc
+import itertools
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from benchmarks.train_step import Trainer
+from dinov3_mm.engine.cuda_graphs import COMPILE_OPTIONS, mark_steps
+from dinov3_mm.engine.networks import compile_units
+from dinov3_mm.models.layers import RotaryEmbedding2D, SelfAttention
+from dinov3_mm.models.layers.attention import ATTN_BACKENDS
+from tests.gpu.check import Check, Skip, exact_products, relative_error
+from tests.gpu.training import (
+    GRADIENT_BAR,
+    LOSS_BAR,
+    losses_and_gradients,
+    losses_of_steps,
+    make_trainer,
+    quickstart_config,
+    worst_gradient,
+    worst_loss,
+)
+
+# Kept bytes of compiled blocks against those of eager ones, recomputed by the same policy.
+KEPT_BAR = 0.02
+# Of attention against that of each sequence alone in fp32.
+ATTENTION_BARS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# (images, rows and columns of patches) of the crops in the comparison.
+CROPS = ((2, (14, 14)), (5, (6, 6)), (3, (7, 5)))
+
+
+def attention_backends(check: Check) -> None:
+    """Every backend on packed crops against each sequence alone in fp32, and its time."""
+    exact_products()
+    torch.manual_seed(0)
+    reference = SelfAttention(128, 2, backend="sdpa")
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    shapes = [(images, 1 + rows * columns) for images, (rows, columns) in CROPS]
+    x = torch.randn(sum(images * tokens for images, tokens in shapes), 128)
+    rope = RotaryEmbedding2D(64, dtype="fp32")
+    tables = [rope(*grid) for _, grid in CROPS]
+    weight = torch.randn_like(x)
+    expected = _alone(reference, x, shapes, tables, weight)
+    for name, dtype in itertools.product(_backends(), ATTENTION_BARS):
+        for compiled in (False, True):
+            words = f"{name}, {str(dtype)[6:]}, {'compiled' if compiled else 'eager'}"
+            with check.part(words):
+                attend = _backend(name, reference, check, dtype)
+                inputs = (x, shapes, tables, weight)
+                counters.clear()
+                found = _packed(torch.compile(attend) if compiled else attend, inputs, check, dtype)
+                for what, actual in found.items():
+                    error = relative_error(actual, expected[what])
+                    check.at_most(f"{words}: {what}", error, ATTENTION_BARS[dtype])
+                if compiled:
+                    breaks = sum(counters["graph_break"].values())
+                    check.at_most(f"{words}: graph breaks", breaks, 0)
+    _time_backends(check)
+
+
+def _backends() -> list[str]:
+    return [name for name in ATTN_BACKENDS if name != "auto"]
+
+
+def _backend(
+    name: str, reference: SelfAttention, check: Check, dtype: torch.dtype
+) -> SelfAttention:
+    """The layer with another backend on the device.
+
+    Raises:
+        Skip: if the backend is not installed, or does not compute in this dtype or on this device.
+    """
+    dims = reference.qkv.in_features
+    try:
+        attend = SelfAttention(dims, reference.num_heads, backend=name)
+    except ImportError as error:
+        raise Skip(str(error)) from error
+    if name != "sdpa" and not check.on_gpu:
+        raise Skip("needs cuda")
+    if name == "varlen" and dtype == torch.float32:
+        raise Skip("computes in 16 bits only")
+    attend.load_state_dict(reference.state_dict())
+    return attend.to(check.device)
+
+
+def _alone(reference: SelfAttention, x: Tensor, shapes: list, tables: list, weight: Tensor) -> dict:
+    """Output and gradient of the input, one sequence after the other, on the CPU in fp32."""
+    x = x.clone().requires_grad_()
+    outputs, start = [], 0
+    for (images, tokens), table in zip(shapes, tables, strict=True):
+        for _ in range(images):
+            outputs.append(reference(x[start : start + tokens], [(1, tokens)], [table]))
+            start += tokens
+    output = torch.cat(outputs)
+    (grad,) = torch.autograd.grad(output, x, weight)
+    return {"output": output.detach(), "gradient": grad}
+
+
+def _packed(attend, inputs: tuple, check: Check, dtype: torch.dtype) -> dict[str, Tensor]:
+    x, shapes, tables, weight = inputs
+    x = x.to(check.device, dtype).requires_grad_()
+    tables = [tuple(half.to(check.device) for half in table) for table in tables]
+    with torch.autocast(check.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = attend(x, shapes, tables)
+    (grad,) = torch.autograd.grad(output, x, weight.to(check.device, output.dtype))
+    return {"output": output.detach(), "gradient": grad}
+
+
+def _time_backends(check: Check) -> None:
+    """Forward and backward pass of the ViT-L recipe's attention, and which backend 'auto' wants."""
+    images = 64 if check.is_large else 16 if check.on_gpu else 1
+    dims, heads = (1024, 16) if check.on_gpu else (128, 2)
+    shapes = [(2 * images, 1 + 14 * 14), (8 * images, 1 + 6 * 6)]
+    rope = RotaryEmbedding2D(64, dtype="fp32")
+    tables = [tuple(half.to(check.device) for half in rope(*grid)) for grid in ((14, 14), (6, 6))]
+    reference = SelfAttention(dims, heads, backend="sdpa")
+    tokens = sum(count * length for count, length in shapes)
+    x = torch.randn(tokens, dims).to(check.device, torch.bfloat16).requires_grad_()
+    for compiled in (False, True):
+        words = "compiled" if compiled else "eager"
+        milliseconds = {}
+        for name in _backends():
+            with check.part(f"time of {name}, {words}"):
+                attend = _backend(name, reference, check, torch.bfloat16)
+                function = torch.compile(attend) if compiled else attend
+
+                def step(function=function) -> None:
+                    with torch.autocast(check.device.type, torch.bfloat16):
+                        output = function(x, shapes, tables)
+                    torch.autograd.grad(output, x, output.detach())
+
+                milliseconds[name] = 1e3 * check.seconds(step, 20 if check.on_gpu else 2)
+                check.note(
+                    f"{name}, {words}: attention of {images} images, forward and backward",
+                    milliseconds[name],
+                    "ms",
+                )
+        if milliseconds:
+            best = min(milliseconds, key=milliseconds.get)
+            check.note(f"auto should choose, {words}", best)
+
+
+def compile(check: Check) -> None:
+    """Compiled blocks against eager ones: losses, gradients, graph breaks, compilations."""
+    exact_products()
+    for dtype, factor in (("fp32", 1), ("bf16", 50)):
+        cfg = quickstart_config()
+        eager, compiled = (make_trainer(cfg, dtype, check) for _ in range(2))
+        counters.clear()
+        count = compile_units(compiled.model)
+        batches = list(eager.batches(3, num_workers=0))
+        expected = losses_and_gradients(eager, batches[0])
+        actual = losses_and_gradients(compiled, batches[0])
+        worst = worst_loss(actual[0].values(), expected[0].values())
+        check.at_most(f"{dtype}: values of a step, {count} blocks", worst, factor * LOSS_BAR)
+        worst = worst_gradient(actual[1], expected[1])
+        check.at_most(f"{dtype}: gradients", worst, factor * GRADIENT_BAR)
+        worst = worst_loss(losses_of_steps(compiled, batches), losses_of_steps(eager, batches))
+        check.at_most(f"{dtype}: losses of {len(batches)} steps", worst, factor * LOSS_BAR)
+        check.at_most(f"{dtype}: graph breaks", sum(counters["graph_break"].values()), 0)
+        check.note(f"{dtype}: graphs compiled", counters["stats"]["unique_graphs"])
+
+
+def recompute(check: Check) -> None:
+    """``with_cp`` compiled and not: equal gradients, memory between the passes, peak of a step."""
+    # What is kept is counted in bytes of storages, so that temporaries do not matter.
+    large = {"arch": "base"} if check.is_large else {"arch": "small"}
+    backbone = large if check.on_gpu else {}
+    images = 16 if check.on_gpu else 2
+    kept: dict[tuple[str, bool], float] = {}
+    for compiled in (False, True):
+        words = "compiled" if compiled else "eager"
+        expected = None
+        for mode in (False, "selective", True):
+            name = f"{words}, with_cp={mode}"
+            with check.part(name):
+                trainer = _recomputing_trainer(check, backbone, mode, images)
+                if compiled:
+                    compile_units(trainer.model)
+                batch = next(trainer.batches(1, num_workers=0))
+                grads = losses_and_gradients(trainer, batch)[1]
+                if expected is None:
+                    expected = grads
+                else:
+                    check.at_most(
+                        f"{name}: gradients against with_cp=False",
+                        worst_gradient(grads, expected),
+                        5e-2 if compiled else 1e-5,
+                    )
+                kept[mode, compiled] = _kept_bytes(trainer, batch, check)
+                check.note(f"{name}: kept between the passes", kept[mode, compiled] / 2**20, "MiB")
+                if check.on_gpu:
+                    check.note(f"{name}: peak of a step", _peak_of_step(trainer, batch), "MiB")
+                del trainer
+    for compiled in (False, True):
+        words = "compiled" if compiled else "eager"
+        order = [kept.get((mode, compiled), float("nan")) for mode in (True, "selective", False)]
+        check.holds(
+            f"{words}: kept with True, selective, False",
+            " < ".join(f"{value / 2**20:.1f}" for value in order),
+            "in this order",
+            order[0] < order[1] < order[2],
+            "MiB",
+        )
+    ratio = kept.get(("selective", True), float("nan")) / kept.get(("selective", False), 1.0)
+    check.at_most("selective, kept compiled over eager, off 1", abs(ratio - 1), KEPT_BAR)
+
+
+def _recomputing_trainer(check: Check, backbone: dict, mode: bool | str, images: int) -> Trainer:
+    cfg = quickstart_config(train_cfg__global_batch_size=images)
+    if backbone:
+        cfg.model.backbone = dict(type="DINOv3ViT", **backbone)
+        cfg.train_dataloader.source.image_size = 256
+        cfg.train_dataloader.transform = dict(type="MultiCrop", global_size=224, local_size=96)
+        for head in ("dino_head", "ibot_head"):
+            cfg.model[head].num_prototypes = 1024
+    cfg.model.backbone.with_cp = mode
+    return make_trainer(cfg, "bf16", check)
+
+
+def _kept_bytes(trainer: Trainer, batch: dict, check: Check) -> float:
+    """Bytes that live between forward and backward pass because autograd wants them."""
+    model = trainer.model
+    data = model.data_preprocessor(dict(batch), True)
+    storages: dict[int, int] = {}
+    if check.on_gpu:
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        losses = model(**data, mode="loss")
+        kept = torch.cuda.memory_allocated() - before
+    else:
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses = model(**data, mode="loss")
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept = sum(size for pointer, size in storages.items() if pointer not in weights)
+    losses["loss"].backward()
+    model.zero_grad(set_to_none=True)
+    return float(kept)
+
+
+def _peak_of_step(trainer: Trainer, batch: dict) -> float:
+    trainer.step(batch)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.step(batch)
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def cuda_graphs(check: Check) -> None:
+    """Replayed blocks against eager ones: losses, gradients, milliseconds of a small step."""
+    cfg = quickstart_config(train_cfg__global_batch_size=64)
+    eager = make_trainer(cfg, "bf16", check)
+    batches = list(eager.batches(4, num_workers=0))
+    expected = losses_and_gradients(eager, batches[0])
+    expected_steps = losses_of_steps(eager, batches)
+    milliseconds = {"eager": 1e3 * check.seconds(lambda: eager.step(batches[0]), 20)}
+    for name, options in (("compiled", {}), ("graphs", COMPILE_OPTIONS)):
+        trainer = make_trainer(cfg, "bf16", check)
+        compile_units(trainer.model, **options)
+        if options:
+            mark_steps(trainer.model)
+            # Two passes record, the third replays.
+            for _ in range(2):
+                losses_and_gradients(trainer, batches[0])
+        actual = losses_and_gradients(trainer, batches[0])
+        worst = worst_loss(actual[0].values(), expected[0].values())
+        check.at_most(f"{name}: values of a step against eager", worst, 50 * LOSS_BAR)
+        worst = worst_gradient(actual[1], expected[1])
+        check.at_most(f"{name}: gradients against eager", worst, 50 * GRADIENT_BAR)
+        worst = worst_loss(losses_of_steps(trainer, batches), expected_steps)
+        check.at_most(f"{name}: losses of {len(batches)} steps", worst, 50 * LOSS_BAR)
+        milliseconds[name] = 1e3 * check.seconds(lambda t=trainer: t.step(batches[0]), 20)
+        torch.compiler.reset()
+    for name, value in milliseconds.items():
+        check.note(f"{name}: a step of the quickstart's model, 64 images", value, "ms")

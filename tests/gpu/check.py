@@ -1,0 +1,201 @@
+"""One item of the GPU check in this process: figures with bounds, written as they come.
+
+    python -m tests.gpu.check ITEM --device cuda --out FILE
+
+The file is whole at every moment, so what an item measured before it failed or ran out of time is
+kept. ``tools/gpu_check.py`` starts a process of this for each item.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.logging import MMLogger
+from torch import Tensor
+
+from tests.gpu.items import ITEMS
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+# Cards below this many GiB get smaller shapes.
+LARGE_CARD = 40
+
+
+class Skip(Exception):
+    """Why an item, or a part of it, does not run here: what is missing."""
+
+
+class Check:
+    """What an item knows about the machine, and where it leaves its figures.
+
+    Args:
+        device: 'cuda' or 'cpu'; on a CPU all shapes are tiny.
+        out: JSON file.
+
+    Attributes:
+        figures: dicts with ``name``, ``value``, ``unit``, ``bound`` (text) and ``holds`` (None
+            where nothing is asked of it).
+        skipped: parts that did not run, with the reason.
+    """
+
+    def __init__(self, device: str, out: Path) -> None:
+        self.device = torch.device(device)
+        self.out = out
+        self.figures: list[dict[str, Any]] = []
+        self.skipped: list[str] = []
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this is a run on a GPU, with full shapes."""
+        return self.device.type == "cuda"
+
+    @property
+    def memory_gib(self) -> float:
+        """Memory of the card; of a CPU as much as its tiny shapes need."""
+        if not self.on_gpu:
+            return 2.0
+        return torch.cuda.get_device_properties(self.device).total_memory / GIB
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the card takes the shapes of a data-centre GPU."""
+        return self.memory_gib >= LARGE_CARD
+
+    def note(self, name: str, value: Any, unit: str = "") -> None:
+        """A figure of which nothing is asked."""
+        self._add(name, value, unit, "", None)
+
+    def at_most(self, name: str, value: float, bound: float, unit: str = "") -> None:
+        """A figure that fails the item if it exceeds the bound, or is no number."""
+        self._add(name, value, unit, f"<= {bound:g}", bool(value <= bound))
+
+    def at_least(self, name: str, value: float, bound: float, unit: str = "") -> None:
+        """A figure that fails the item if it is below the bound."""
+        self._add(name, value, unit, f">= {bound:g}", bool(value >= bound))
+
+    def holds(self, name: str, value: Any, bound: str, holds: bool, unit: str = "") -> None:
+        """A figure whose bound was tested elsewhere."""
+        self._add(name, value, unit, bound, holds)
+
+    def skip_part(self, reason: str) -> None:
+        """Name a part of the item that cannot run here."""
+        self.skipped.append(reason)
+        self.save("running")
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Turn what is raised in a part into a figure that fails, or a skip, and go on."""
+        try:
+            yield
+        except Skip as skip:
+            self.skip_part(f"{name}: {skip}")
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            self._add(name, last_line(error), "", "runs", False)
+
+    def _add(self, name: str, value: Any, unit: str, bound: str, holds: bool | None) -> None:
+        if isinstance(value, Tensor):
+            value = value.item()
+        self.figures.append(
+            {"name": name, "value": value, "unit": unit, "bound": bound, "holds": holds}
+        )
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        mark = {None: " ", True: "+", False: "FAILED"}[holds]
+        print(f"{mark} {name}: {shown} {unit} {bound}".rstrip(), flush=True)
+        self.save("running")
+
+    def save(self, status: str, reason: str = "") -> None:
+        """Write all that is known, aside and then in place."""
+        record = {"status": status, "reason": reason}
+        record |= {"figures": self.figures, "skipped": self.skipped}
+        partial = self.out.with_suffix(".partial")
+        partial.write_text(json.dumps(record))
+        os.replace(partial, self.out)
+
+    def sync(self) -> None:
+        """Wait for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, function: Callable[[], Any], repeats: int) -> float:
+        """Median seconds of a call, after two for warming up."""
+        times = []
+        for index in range(repeats + 2):
+            self.sync()
+            began = time.perf_counter()
+            function()
+            self.sync()
+            if index >= 2:
+                times.append(time.perf_counter() - began)
+        return sorted(times)[len(times) // 2]
+
+
+def last_line(error: BaseException) -> str:
+    """An error in one line."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected, in double precision on the CPU."""
+    actual, expected = (t.detach().to("cpu", torch.float64) for t in (actual, expected))
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def largest_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over max(1, largest expected value): the project's measure of parity."""
+    actual, expected = (t.detach().to("cpu", torch.float64) for t in (actual, expected))
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+def exact_products() -> None:
+    """float32 products in float32: no TF32 in matrix products and convolutions."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def run_item(name: str, device: str, out: Path) -> str:
+    """Run an item and leave its record in ``out``; the status."""
+    check = Check(device, out)
+    check.save("running")
+    item = ITEMS[name]
+    try:
+        module = importlib.import_module(f"tests.gpu.{item.module}")
+        if device == "cpu" and item.needs_cuda:
+            raise Skip("needs cuda")
+        getattr(module, name.replace("-", "_"))(check)
+    except Skip as skip:
+        check.save("skipped", str(skip))
+        return "skipped"
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        check.save("failed", last_line(error))
+        return "failed"
+    broken = [f"{f['name']}: {f['value']}" for f in check.figures if f["holds"] is False]
+    check.save("failed" if broken else "passed", "; ".join(broken))
+    return "failed" if broken else "passed"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("item", choices=ITEMS)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    MMLogger.get_current_instance().setLevel(logging.WARNING)
+    sys.exit(run_item(args.item, args.device, args.out) == "failed")
+
+
+if __name__ == "__main__":
+    main()
