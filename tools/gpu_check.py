@@ -29,8 +29,8 @@ from tests.gpu.report import describe_plan, line_of, write_report  # noqa: E402
 PACKAGES = ROOT / "work_dirs/gpu_check/packages"
 # torch brings its own; of these the machine's versions are what is to be tested.
 FROM_THE_MACHINE = re.compile(r"^(torch|torchvision|triton|nvidia-.*|cuda-.*)$")
-# Other distributions that are the same module.
-SAME = {"opencv-python-headless": "cv2", "onedl-mmengine": "mmengine"}
+# Modules that other distributions install too.
+SAME_MODULE = {"opencv-python-headless": "cv2", "onedl-mmengine": "mmengine"}
 # Seconds below which the remaining time is not worth a start.
 LEAST = 10
 MOST_JOBS = 4
@@ -78,65 +78,66 @@ def environment() -> dict[str, str]:
 
 def missing_packages() -> list[str]:
     """Core packages that this interpreter lacks, by the names of requirements/core.txt."""
-    missing = []
-    for line in (ROOT / "requirements/core.txt").read_text().splitlines():
-        name = line.split("#")[0].split(";")[0].strip()
-        if not name or FROM_THE_MACHINE.match(name):
-            continue
-        code = f"import importlib.metadata as m; m.version({name!r})"
-        if name in SAME:
-            code = f"import {SAME[name]}"
-        missing.append((name, code))
-    found = subprocess.run(
-        [sys.executable, "-c", _PROBE, json.dumps(missing)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(found.stdout)
+    lines = (ROOT / "requirements/core.txt").read_text().splitlines()
+    names = [re.split(r"[#;]", line)[0].strip() for line in lines]
+    wanted = [name for name in names if name and not FROM_THE_MACHINE.match(name)]
+    pairs = [(name, SAME_MODULE.get(name)) for name in wanted]
+    return json.loads(_in_items("-c", _PROBE, json.dumps(pairs)).stdout)
 
 
 _PROBE = """
-import json, sys
+import importlib.metadata, importlib.util, json, sys
 missing = []
-for name, code in json.loads(sys.argv[1]):
+for name, module in json.loads(sys.argv[1]):
     try:
-        exec(code)
-    except ImportError:
+        if module is None or importlib.util.find_spec(module) is None:
+            importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
         missing.append(name)
 print(json.dumps(missing))
 """
 
 
 def prepare() -> None:
-    """Install missing core packages beside this interpreter's own, or end with their names."""
+    """Install missing core packages beside this interpreter's own, or end with what is missing."""
     missing = missing_packages()
     if not missing:
         return
     print(f"Installing {', '.join(missing)} into {PACKAGES}", flush=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "-c", str(ROOT / "requirements/lock.txt"), "--target", str(PACKAGES)]
-    run = subprocess.run([*command, *missing], capture_output=True, text=True)
-    if run.returncode or missing_packages():
-        lines = (run.stderr or run.stdout).strip().splitlines()
+    message = _install(*missing)
+    if message:  # a machine without a network may have wheels of the most
+        for name in missing:
+            message = _install(name, patient=False) or message
+    run = _in_items("-c", "import tests.gpu.check, dinov3_mm.engine, dinov3_mm.apis")
+    if run.returncode:
+        lines = run.stderr.strip().splitlines() or ["no message"]
         sys.exit(
-            f"gpu_check: {sys.executable} lacks {', '.join(missing_packages())}, and pip could not "
-            f"install them ({lines[-1] if lines else 'no message'}). Without a network: bring "
-            "their wheels in a folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER, or set PYTHON "
-            "to an interpreter that has them"
+            f"gpu_check: {sys.executable} lacks core packages ({lines[-1]}), and pip could not "
+            f"install them ({message}). Without a network: bring wheels of {', '.join(missing)} in "
+            "a folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER, or set PYTHON to an "
+            "interpreter that has them"
         )
+
+
+def _install(*names: str, patient: bool = True) -> str:
+    """Let pip install packages into the folder of this check; what went wrong, or nothing."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += [] if patient else ["--retries", "0", "--timeout", "5"]
+    command += ["--no-deps", "-c", str(ROOT / "requirements/lock.txt"), "--target", str(PACKAGES)]
+    run = subprocess.run([*command, *names], capture_output=True, text=True)
+    lines = (run.stderr or run.stdout).strip().splitlines() or ["no message"]
+    return lines[-1] if run.returncode else ""
+
+
+def _in_items(*arguments: str) -> subprocess.CompletedProcess:
+    """Run Python as the items run."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
 
 
 def look_at_machine(device: str) -> dict:
     """Hardware and versions, from a process of its own, or what is wrong with its torch."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.report", device],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    run = _in_items("-m", "tests.gpu.report", device)
     if run.returncode:
         lines = run.stderr.strip().splitlines() or ["no message"]
         return {"error": f"{sys.executable}: {lines[-1]}"}
@@ -154,22 +155,29 @@ class Clock:
         return self.end - time.monotonic()
 
 
+def command_of(name: str, device: str, out: Path) -> list[str]:
+    """What runs an item."""
+    command = [sys.executable, "-m", "tests.gpu.check", name, "--device", device]
+    return [*command, "--out", str(out)]
+
+
 def run_item(name: str, args: argparse.Namespace, clock: Clock, folder: Path) -> dict:
     """Run an item within its budget; its record, whatever happened."""
     item, out = ITEMS[name], folder / f"{name}.json"
     record = {"item": name, "figures": [], "skipped": [], "seconds": 0.0}
+    if item.needs_cuda and args.device == "cpu":
+        return {**record, "status": "skipped", "reason": "needs cuda"}
     # A slow machine may take twice the estimate; one that takes less than half is not known.
     needed = item.estimate / 2 if args.device == "cuda" else LEAST
     if clock.left() < max(LEAST, needed):
         return {**record, "status": "not reached", "reason": f"{max(0, clock.left()):.0f} s left"}
     limit = min(clock.left(), item.budget if args.device == "cuda" else 10 * item.budget)
-    command = [sys.executable, "-m", "tests.gpu.check", name, "--device", args.device]
     began = time.monotonic()
     log = folder / f"{name}.log"
     with open(log, "w") as stream:
         # A session of its own: what an item started ends with it.
         process = subprocess.Popen(
-            [*command, "--out", str(out)],
+            command_of(name, args.device, out),
             env=environment(),
             cwd=ROOT,
             stdout=stream,
@@ -231,6 +239,10 @@ def run_all(args: argparse.Namespace, clock: Clock, folder: Path, finished: Call
 
 
 def main() -> int:
+    if sys.version_info < (3, 11):
+        version = ".".join(map(str, sys.version_info[:2]))
+        print(f"gpu_check: Python {version}; dinov3_mm needs 3.11 (set PYTHON)", file=sys.stderr)
+        return 2
     args = parse_args()
     clock, began = Clock(args.minutes), time.monotonic()
     if args.plan:

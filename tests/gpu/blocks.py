@@ -51,7 +51,7 @@ def attention_backends(check: Check) -> None:
             with check.part(words):
                 attend = _backend(name, reference, check, dtype)
                 inputs = (x, shapes, tables, weight)
-                counters.clear()
+                _forget_graphs()
                 found = _packed(torch.compile(attend) if compiled else attend, inputs, check, dtype)
                 for what, actual in found.items():
                     error = relative_error(actual, expected[what])
@@ -60,6 +60,12 @@ def attention_backends(check: Check) -> None:
                     breaks = sum(counters["graph_break"].values())
                     check.at_most(f"{words}: graph breaks", breaks, 0)
     _time_backends(check)
+
+
+def _forget_graphs() -> None:
+    """Start anew: after eight compilations of one function torch would go on without compiling."""
+    torch.compiler.reset()
+    counters.clear()
 
 
 def _backends() -> list[str]:
@@ -126,6 +132,7 @@ def _time_backends(check: Check) -> None:
         for name in _backends():
             with check.part(f"time of {name}, {words}"):
                 attend = _backend(name, reference, check, torch.bfloat16)
+                _forget_graphs()
                 function = torch.compile(attend) if compiled else attend
 
                 def step(function=function) -> None:
@@ -150,7 +157,7 @@ def compile(check: Check) -> None:
     for dtype, factor in (("fp32", 1), ("bf16", 50)):
         cfg = quickstart_config()
         eager, compiled = (make_trainer(cfg, dtype, check) for _ in range(2))
-        counters.clear()
+        _forget_graphs()
         count = compile_units(compiled.model)
         batches = list(eager.batches(3, num_workers=0))
         expected = losses_and_gradients(eager, batches[0])
@@ -180,6 +187,7 @@ def recompute(check: Check) -> None:
             with check.part(name):
                 trainer = _recomputing_trainer(check, backbone, mode, images)
                 if compiled:
+                    _forget_graphs()
                     compile_units(trainer.model)
                 batch = next(trainer.batches(1, num_workers=0))
                 grads = losses_and_gradients(trainer, batch)[1]
@@ -189,7 +197,8 @@ def recompute(check: Check) -> None:
                     check.at_most(
                         f"{name}: gradients against with_cp=False",
                         worst_gradient(grads, expected),
-                        5e-2 if compiled else 1e-5,
+                        # Flash attention adds gradients in an order of its own choice.
+                        5e-2 if compiled else 1e-2 if check.on_gpu else 1e-5,
                     )
                 kept[mode, compiled] = _kept_bytes(trainer, batch, check)
                 check.note(f"{name}: kept between the passes", kept[mode, compiled] / 2**20, "MiB")
@@ -265,6 +274,7 @@ def cuda_graphs(check: Check) -> None:
     milliseconds = {"eager": 1e3 * check.seconds(lambda: eager.step(batches[0]), 20)}
     for name, options in (("compiled", {}), ("graphs", COMPILE_OPTIONS)):
         trainer = make_trainer(cfg, "bf16", check)
+        _forget_graphs()
         compile_units(trainer.model, **options)
         if options:
             mark_steps(trainer.model)
@@ -279,6 +289,5 @@ def cuda_graphs(check: Check) -> None:
         worst = worst_loss(losses_of_steps(trainer, batches), expected_steps)
         check.at_most(f"{name}: losses of {len(batches)} steps", worst, 50 * LOSS_BAR)
         milliseconds[name] = 1e3 * check.seconds(lambda t=trainer: t.step(batches[0]), 20)
-        torch.compiler.reset()
     for name, value in milliseconds.items():
         check.note(f"{name}: a step of the quickstart's model, 64 images", value, "ms")

@@ -26,8 +26,11 @@ VIT_GOLDENS = (
 OUTPUT_BAR, GRADIENT_BAR = 1e-4, 5e-4
 # How much more error than the CPU's own bfloat16 the device's may have.
 BF16_FACTOR = 1.5
-# Results are rounded to bfloat16: 2^-9 of each value at most, 2^-9 / sqrt(3) in the mean.
-FLOAT8_BAR = 4e-3
+# Rounding to bfloat16 once or twice gives 2e-3 in the mean; tensor cores add float8 products with
+# fewer bits than float32. One scale where there should be many gives 1e-2 and more.
+FLOAT8_BAR = 6e-3
+# Two units in the last place of bfloat16: sums are taken in another order, and rounded once more.
+FLOAT8_GOLDEN_BAR = 2**-6
 
 
 def parity_fp32(check: Check) -> None:
@@ -273,9 +276,8 @@ def _golden_float8(check: Check, mode: str, function: Callable) -> None:
     found = (out, *torch.autograd.grad(out, inputs, tensors["grad_out"]))
     for actual, name in zip(found, ("out", "grad_a", "grad_weight", "grad_bias")):
         expected = tensors[name]
-        # One unit in the last place of bfloat16: sums are taken in another order.
         error = ((actual - expected).abs().max() / expected.abs().max()).item()
-        check.at_most(f"golden ssl_fp8_linear {name}, {mode}", error, 2**-7)
+        check.at_most(f"golden ssl_fp8_linear {name}, {mode}", error, FLOAT8_GOLDEN_BAR)
 
 
 def _float8_backbone(check: Check) -> None:
