@@ -98,25 +98,25 @@ print(json.dumps(missing))
 """
 
 
-def prepare() -> None:
-    """Install missing core packages beside this interpreter's own, or end with what is missing."""
+def prepare() -> str:
+    """Install missing core packages beside this interpreter's own; what is still missing."""
     missing = missing_packages()
     if not missing:
-        return
+        return ""
     print(f"Installing {', '.join(missing)} into {PACKAGES}", flush=True)
     message = _install(*missing)
     if message:  # a machine without a network may have wheels of the most
         for name in missing:
             message = _install(name, patient=False) or message
     run = _in_items("-c", "import tests.gpu.check, dinov3_mm.engine, dinov3_mm.apis")
-    if run.returncode:
-        lines = run.stderr.strip().splitlines() or ["no message"]
-        sys.exit(
-            f"gpu_check: {sys.executable} lacks core packages ({lines[-1]}), and pip could not "
-            f"install them ({message}). Without a network: bring wheels of {', '.join(missing)} in "
-            "a folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER, or set PYTHON to an "
-            "interpreter that has them"
-        )
+    if not run.returncode:
+        return ""
+    lines = run.stderr.strip().splitlines() or ["no message"]
+    return (
+        f"{sys.executable} lacks core packages ({lines[-1]}), and pip could not install them "
+        f"({message}). Without a network: bring wheels of {', '.join(missing)} in a folder and set "
+        "PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER, or set PYTHON to an interpreter that has them"
+    )
 
 
 def _install(*names: str, patient: bool = True) -> str:
@@ -126,7 +126,8 @@ def _install(*names: str, patient: bool = True) -> str:
     command += ["--no-deps", "-c", str(ROOT / "requirements/lock.txt"), "--target", str(PACKAGES)]
     run = subprocess.run([*command, *names], capture_output=True, text=True)
     lines = (run.stderr or run.stdout).strip().splitlines() or ["no message"]
-    return lines[-1] if run.returncode else ""
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return (errors or lines)[0] if run.returncode else ""
 
 
 def _in_items(*arguments: str) -> subprocess.CompletedProcess:
@@ -250,9 +251,10 @@ def main() -> int:
         jobs = args.jobs if "memory_gib" in machine else MOST_JOBS
         print(describe_plan(args.names, args.minutes, jobs, machine, missing_packages()))
         return 0
-    prepare()
-    machine = look_at_machine(args.device)
-    if "error" in machine:
+    machine = {"error": prepare()}
+    if not machine["error"]:
+        machine = look_at_machine(args.device)
+    if machine.get("error"):
         print(f"gpu_check: {machine['error']}", file=sys.stderr)
         return 2
     print(f"{machine['gpu']}, torch {machine['torch']}, {args.minutes:g} minutes", flush=True)
