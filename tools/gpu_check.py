@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.gpu.items import ITEMS  # noqa: E402
-from tests.gpu.report import describe_plan, line_of, write_report  # noqa: E402
+from tests.gpu_check.items import ITEMS  # noqa: E402
+from tests.gpu_check.report import describe_plan, line_of, write_report  # noqa: E402
 
 PACKAGES = ROOT / "work_dirs/gpu_check/packages"
 # torch brings its own; of these the machine's versions are what is to be tested.
@@ -108,7 +108,7 @@ def prepare() -> str:
     if message:  # a machine without a network may have wheels of the most
         for name in missing:
             message = _install(name, patient=False) or message
-    run = _in_items("-c", "import tests.gpu.check, dinov3_mm.engine, dinov3_mm.apis")
+    run = _in_items("-c", "import tests.gpu_check.check, dinov3_mm.engine, dinov3_mm.apis")
     if not run.returncode:
         return ""
     lines = run.stderr.strip().splitlines() or ["no message"]
@@ -138,7 +138,7 @@ def _in_items(*arguments: str) -> subprocess.CompletedProcess:
 
 def look_at_machine(device: str) -> dict:
     """Hardware and versions, from a process of its own, or what is wrong with its torch."""
-    run = _in_items("-m", "tests.gpu.report", device)
+    run = _in_items("-m", "tests.gpu_check.report", device)
     if run.returncode:
         lines = run.stderr.strip().splitlines() or ["no message"]
         return {"error": f"{sys.executable}: {lines[-1]}"}
@@ -158,7 +158,7 @@ class Clock:
 
 def command_of(name: str, device: str, out: Path) -> list[str]:
     """What runs an item."""
-    command = [sys.executable, "-m", "tests.gpu.check", name, "--device", device]
+    command = [sys.executable, "-m", "tests.gpu_check.check", name, "--device", device]
     return [*command, "--out", str(out)]
 
 
@@ -240,10 +240,6 @@ def run_all(args: argparse.Namespace, clock: Clock, folder: Path, finished: Call
 
 
 def main() -> int:
-    if sys.version_info < (3, 11):
-        version = ".".join(map(str, sys.version_info[:2]))
-        print(f"gpu_check: Python {version}; dinov3_mm needs 3.11 (set PYTHON)", file=sys.stderr)
-        return 2
     args = parse_args()
     clock, began = Clock(args.minutes), time.monotonic()
     if args.plan:

@@ -7,4 +7,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 if [[ -z ${PYTHON:-} && -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "gpu_check.sh: dinov3_mm needs Python 3.11 or newer; set PYTHON to one that has torch" >&2
+  exit 2
+fi
 exec "$python" "$root/tools/gpu_check.py" "$@"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.gpu.items import ITEMS, fits_of
+from tests.gpu_check.items import ITEMS, fits_of
 from tests.integration.toy_run import REPOSITORY
 from tools import gpu_check
 

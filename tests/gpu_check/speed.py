@@ -1,11 +1,7 @@
 """Speed and memory on the device: the recipe's step, memory against the plan, extraction, k-NN."""
 
 import gc
-import json
 import logging
-import os
-import subprocess
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +14,7 @@ from dinov3_mm.evaluation.knn import knn_scores, nearest_neighbours
 from tests.acceptance.plan_vs_measured import BAR as MEMORY_BAR
 from tests.acceptance.plan_vs_measured import compare_case, predicted
 from tests.golden import assert_parity, load_golden
-from tests.gpu.check import GIB, ROOT, Check, Skip, exact_products
+from tests.gpu_check.check import GIB, ROOT, Check, Skip, exact_products
 
 RECIPE = ROOT / "configs/dinov3/vitl_im1k.py"
 # Most valuable first: what does not fit into the time is what can be missed.
@@ -65,21 +61,14 @@ def recipe_step(check: Check) -> None:
 def _run_variant(variant: str, batch: int, check: Check) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, str(ROOT / "benchmarks/recipe_step.py"), "--variants", variant]
+        command = [str(ROOT / "benchmarks/recipe_step.py"), "--variants", variant]
         command += ["--config", str(RECIPE), "--batch", str(batch), "--out", str(out)]
         command += ["--device", check.device.type, "--steps", "10" if check.on_gpu else "1"]
-        if not check.on_gpu:
-            command += ["--options", *TINY]
-        run = subprocess.run(command, capture_output=True, text=True, env=_environment(check))
-        results = json.loads(out.read_text())["variants"] if out.exists() else []
-    if not results:
-        lines = (run.stdout + run.stderr).strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f"exit code {run.returncode}")
-    return results[0]
-
-
-def _environment(check: Check) -> dict[str, str]:
-    return dict(os.environ) if check.on_gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        command += [] if check.on_gpu else ["--options", *TINY]
+        report = check.json_of(command, out)
+    if not report["variants"]:
+        raise RuntimeError(report["did_not_run"][variant])
+    return report["variants"][0]
 
 
 def _largest_batch(check: Check) -> int:
@@ -122,15 +111,12 @@ def extraction(check: Check) -> None:
     for dtype in ("bf16", "fp32"):
         with check.part(dtype), tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "result.json"
-            command = [sys.executable, str(ROOT / "benchmarks/extraction.py"), "--dtype", dtype]
+            command = [str(ROOT / "benchmarks/extraction.py"), "--dtype", dtype]
             command += ["--device", check.device.type, "--out", str(out), "--peers", *peers]
             sizes = ("256", "3", "64") if check.on_gpu else ("4", "1", "4")
             command += ["--images", sizes[0], "--pairs", sizes[1], "--batch-size", sizes[2]]
             command += [] if check.on_gpu else ["--size", "64", "--workers", "0"]
-            run = subprocess.run(command, capture_output=True, text=True, env=_environment(check))
-            if run.returncode:
-                raise RuntimeError(run.stderr.strip().splitlines()[-1])
-            report = json.loads(out.read_text())
+            report = check.json_of(command, out)
             for name, rate in report["images_per_s"].items():
                 check.note(f"{dtype}: {name}", rate, "images/s")
             for name, cosine in report["lowest_cosine"].items():

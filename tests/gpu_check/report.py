@@ -1,6 +1,6 @@
 """What the GPU check prints and writes: the plan, the machine, the JSON file and the table.
 
-    python -m tests.gpu.report DEVICE
+    python -m tests.gpu_check.report DEVICE
 
 prints the machine as JSON. Nothing else here imports torch.
 """
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.items import ITEMS, fits_of
+from tests.gpu_check.items import ITEMS, fits_of
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (

@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from dinov3_mm.engine.cuda_graphs import COMPILE_OPTIONS, mark_steps
 from dinov3_mm.engine.networks import compile_units
 from dinov3_mm.models.layers import RotaryEmbedding2D, SelfAttention
 from dinov3_mm.models.layers.attention import ATTN_BACKENDS
-from tests.gpu.check import Check, Skip, exact_products, relative_error
-from tests.gpu.training import (
+from tests.gpu_check.check import ROOT, Check, Skip, exact_products, relative_error
+from tests.gpu_check.training import (
     GRADIENT_BAR,
     LOSS_BAR,
     losses_and_gradients,
@@ -49,10 +51,9 @@ def attention_backends(check: Check) -> None:
         for compiled in (False, True):
             words = f"{name}, {str(dtype)[6:]}, {'compiled' if compiled else 'eager'}"
             with check.part(words):
-                attend = _backend(name, reference, check, dtype)
-                inputs = (x, shapes, tables, weight)
+                layer = _backend(name, reference, check)
                 _forget_graphs()
-                found = _packed(torch.compile(attend) if compiled else attend, inputs, check, dtype)
+                found = _packed(layer, compiled, (x, shapes, tables, weight), check, dtype)
                 for what, actual in found.items():
                     error = relative_error(actual, expected[what])
                     check.at_most(f"{words}: {what}", error, ATTENTION_BARS[dtype])
@@ -72,25 +73,21 @@ def _backends() -> list[str]:
     return [name for name in ATTN_BACKENDS if name != "auto"]
 
 
-def _backend(
-    name: str, reference: SelfAttention, check: Check, dtype: torch.dtype
-) -> SelfAttention:
+def _backend(name: str, reference: SelfAttention, check: Check) -> SelfAttention:
     """The layer with another backend on the device.
 
     Raises:
-        Skip: if the backend is not installed, or does not compute in this dtype or on this device.
+        Skip: if the backend is not installed.
     """
     dims = reference.qkv.in_features
     try:
-        attend = SelfAttention(dims, reference.num_heads, backend=name)
+        layer = SelfAttention(dims, reference.num_heads, backend=name)
     except ImportError as error:
         raise Skip(str(error)) from error
-    if name != "sdpa" and not check.on_gpu:
+    if name == "xformers" and not check.on_gpu:
         raise Skip("needs cuda")
-    if name == "varlen" and dtype == torch.float32:
-        raise Skip("computes in 16 bits only")
-    attend.load_state_dict(reference.state_dict())
-    return attend.to(check.device)
+    layer.load_state_dict(reference.state_dict())
+    return layer.to(check.device)
 
 
 def _alone(reference: SelfAttention, x: Tensor, shapes: list, tables: list, weight: Tensor) -> dict:
@@ -106,49 +103,44 @@ def _alone(reference: SelfAttention, x: Tensor, shapes: list, tables: list, weig
     return {"output": output.detach(), "gradient": grad}
 
 
-def _packed(attend, inputs: tuple, check: Check, dtype: torch.dtype) -> dict[str, Tensor]:
+def _packed(
+    layer: SelfAttention, compiled: bool, inputs: tuple, check: Check, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Output and gradient of the input on the device, all sequences in one call."""
     x, shapes, tables, weight = inputs
     x = x.to(check.device, dtype).requires_grad_()
     tables = [tuple(half.to(check.device) for half in table) for table in tables]
     with torch.autocast(check.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        output = attend(x, shapes, tables)
+        # Made outside of what is compiled, as the backbone does.
+        packing = layer.pack(x, shapes)
+        if packing.backend != layer.backend:
+            raise Skip(f"{layer.backend} does not run here in {dtype}")
+        output = (torch.compile(layer) if compiled else layer)(x, shapes, tables, packing)
     (grad,) = torch.autograd.grad(output, x, weight.to(check.device, output.dtype))
     return {"output": output.detach(), "gradient": grad}
 
 
 def _time_backends(check: Check) -> None:
-    """Forward and backward pass of the ViT-L recipe's attention, and which backend 'auto' wants."""
-    images = 64 if check.is_large else 16 if check.on_gpu else 1
-    dims, heads = (1024, 16) if check.on_gpu else (128, 2)
-    shapes = [(2 * images, 1 + 14 * 14), (8 * images, 1 + 6 * 6)]
-    rope = RotaryEmbedding2D(64, dtype="fp32")
-    tables = [tuple(half.to(check.device) for half in rope(*grid)) for grid in ((14, 14), (6, 6))]
-    reference = SelfAttention(dims, heads, backend="sdpa")
-    tokens = sum(count * length for count, length in shapes)
-    x = torch.randn(tokens, dims).to(check.device, torch.bfloat16).requires_grad_()
-    for compiled in (False, True):
-        words = "compiled" if compiled else "eager"
-        milliseconds = {}
-        for name in _backends():
-            with check.part(f"time of {name}, {words}"):
-                attend = _backend(name, reference, check, torch.bfloat16)
-                _forget_graphs()
-                function = torch.compile(attend) if compiled else attend
-
-                def step(function=function) -> None:
-                    with torch.autocast(check.device.type, torch.bfloat16):
-                        output = function(x, shapes, tables)
-                    torch.autograd.grad(output, x, output.detach())
-
-                milliseconds[name] = 1e3 * check.seconds(step, 20 if check.on_gpu else 2)
-                check.note(
-                    f"{name}, {words}: attention of {images} images, forward and backward",
-                    milliseconds[name],
-                    "ms",
-                )
-        if milliseconds:
-            best = min(milliseconds, key=milliseconds.get)
-            check.note(f"auto should choose, {words}", best)
+    """``benchmarks/attention_backends.py`` on the recipe's shapes: which backend 'auto' takes."""
+    script = ROOT / "benchmarks/attention_backends.py"
+    if not script.exists():
+        check.skip_part(f"times: there is no {script.name}")
+        return
+    sizes = ("64" if check.is_large else "16", "7", "5") if check.on_gpu else ("1", "1", "1")
+    with tempfile.TemporaryDirectory() as folder, check.part("times"):
+        out = Path(folder) / "result.json"
+        command = [str(script), "--device", check.device.type, "--out", str(out)]
+        command += ["--images", sizes[0], "--pairs", sizes[1], "--repeats", sizes[2]]
+        # What is recorded is what attn_backend='auto' takes on this GPU from now on.
+        command += ["--record"] if check.on_gpu else ["--arch", "small"]
+        report = check.json_of(command, out)
+        for state in ("plain", "compiled"):
+            for name, cell in report[state].items():
+                what = f"{name}, {state}: attention of {sizes[0]} images, forward and backward"
+                check.note(what, cell["milliseconds"], "ms")
+            cells = report[state]
+            best = min(cells, key=lambda name: cells[name]["milliseconds"])
+            check.note(f"auto should choose, {state}", best)
 
 
 def compile(check: Check) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.train_step import Trainer
 from dinov3_mm.engine.config import fill_defaults
 from dinov3_mm.engine.runner.files import checkpoint_path, list_checkpoints
-from tests.gpu.check import ROOT, Check, exact_products, relative_error
+from tests.gpu_check.check import ROOT, Check, exact_products, relative_error
 from tests.integration.traces import read_shards, read_trace
 
 TEMPERATURE = 0.07
@@ -178,7 +178,7 @@ def _fsdp2_config(stage: str, work_dir: Path, iters: int, *, on_gpu: bool) -> Co
     cfg.strategy = dict(type="FSDP2Strategy")
     cfg.train_cfg.update(max_iters=iters, global_batch_size=16 if on_gpu else 4)
     cfg.train_dataloader.source.length = 256
-    cfg.custom_imports = dict(imports=["dinov3_mm", "tests.gpu.training"])
+    cfg.custom_imports = dict(imports=["dinov3_mm", "tests.gpu_check.training"])
     evaluating = ("KNNEvalHook", "DenseProbeHook")
     hooks = [hook for hook in cfg.custom_hooks if hook["type"] not in evaluating]
     for hook in hooks:

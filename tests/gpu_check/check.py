@@ -1,6 +1,6 @@
 """One item of the GPU check in this process: figures with bounds, written as they come.
 
-    python -m tests.gpu.check ITEM --device cuda --out FILE
+    python -m tests.gpu_check.check ITEM --device cuda --out FILE
 
 The file is whole at every moment, so what an item measured before it failed or ran out of time is
 kept. ``tools/gpu_check.py`` starts a process of this for each item.
@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -23,7 +24,7 @@ import torch
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from tests.gpu.items import ITEMS
+from tests.gpu_check.items import ITEMS
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -122,6 +123,24 @@ class Check:
         partial.write_text(json.dumps(record))
         os.replace(partial, self.out)
 
+    def json_of(self, command: list[str], out: Path) -> Any:
+        """Run a script of the repository, which writes ``out``, and read that.
+
+        Raises:
+            RuntimeError: with the script's last line.
+        """
+        environment = (
+            dict(os.environ) if self.on_gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        )
+        run = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True
+        )
+        if run.returncode:
+            print(run.stdout[-4000:], run.stderr[-4000:], flush=True)
+            lines = (run.stderr.strip() or run.stdout.strip()).splitlines() or ["no message"]
+            raise RuntimeError(f"{Path(command[0]).name}: {lines[-1]}")
+        return json.loads(out.read_text())
+
     def sync(self) -> None:
         """Wait for the device."""
         if self.on_gpu:
@@ -171,7 +190,7 @@ def run_item(name: str, device: str, out: Path) -> str:
     check.save("running")
     item = ITEMS[name]
     try:
-        module = importlib.import_module(f"tests.gpu.{item.module}")
+        module = importlib.import_module(f"tests.gpu_check.{item.module}")
         getattr(module, name.replace("-", "_"))(check)
     except Skip as skip:
         check.save("skipped", str(skip))

@@ -16,7 +16,7 @@ from mmengine.registry import MODELS, DefaultScope
 import dinov3_mm
 from dinov3_mm.apis.deployment.onnx_runtime import OnnxModel
 from tests.downstream import batches
-from tests.gpu.check import ROOT, Check, Skip
+from tests.gpu_check.check import ROOT, Check, Skip
 from tests.integration.continue_run import TOY_ARCH, random_released_like
 from tests.shrink import shrink
 

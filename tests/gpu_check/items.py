@@ -12,7 +12,7 @@ class Item:
     """One row of the check.
 
     Attributes:
-        module: of ``tests.gpu``.
+        module: of ``tests.gpu_check``.
         proves: in a few words.
         estimate: seconds on an H200 with 16 cores.
         derivation: where the estimate comes from.
