@@ -194,7 +194,8 @@ def table_of(machine: dict, device: str, records: list[dict], seconds: float) ->
         )
     for record in records:
         if record["figures"]:
-            lines += ["", f"## {record['item']}", "", ITEMS[record["item"]].proves + ".", ""]
+            proves = ITEMS[record["item"]].proves
+            lines += ["", f"## {record['item']}", "", f"{proves[0].upper()}{proves[1:]}.", ""]
             lines += ["| figure | value | bound | |", "|---|---|---|---|"]
             lines += [_row(figure) for figure in record["figures"]]
     return "\n".join(lines)
