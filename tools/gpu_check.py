@@ -158,7 +158,7 @@ class Clock:
 
 def command_of(name: str, device: str, out: Path) -> list[str]:
     """What runs an item."""
-    command = [sys.executable, "-m", "tests.gpu_check.check", name, "--device", device]
+    command = [sys.executable, "-m", "tests.gpu_check", name, "--device", device]
     return [*command, "--out", str(out)]
 
 

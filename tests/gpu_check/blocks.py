@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.train_step import Trainer
 from dinov3_mm.engine.cuda_graphs import COMPILE_OPTIONS, mark_steps
@@ -26,8 +27,9 @@ from tests.gpu_check.training import (
     worst_loss,
 )
 
-# Kept bytes of compiled blocks against those of eager ones, recomputed by the same policy.
-KEPT_BAR = 0.02
+# Kept bytes of compiled blocks against those of eager ones, recomputed by the same policy. Autocast's
+# copies of the weights are a twelfth of them on a GPU, and one of the two may make them anew.
+KEPT_BARS = {"cpu": 0.02, "cuda": 0.1}
 # Of attention against that of each sequence alone in fp32.
 ATTENTION_BARS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # (images, rows and columns of patches) of the crops in the comparison.
@@ -51,6 +53,8 @@ def attention_backends(check: Check) -> None:
         for compiled in (False, True):
             words = f"{name}, {str(dtype)[6:]}, {'compiled' if compiled else 'eager'}"
             with check.part(words):
+                if compiled:
+                    check.require_compiler()
                 layer = _backend(name, reference, check)
                 _forget_graphs()
                 found = _packed(layer, compiled, (x, shapes, tables, weight), check, dtype)
@@ -145,6 +149,7 @@ def _time_backends(check: Check) -> None:
 
 def compile(check: Check) -> None:
     """Compiled blocks against eager ones: losses, gradients, graph breaks, compilations."""
+    check.require_compiler()
     exact_products()
     for dtype, factor in (("fp32", 1), ("bf16", 50)):
         cfg = quickstart_config()
@@ -166,9 +171,7 @@ def compile(check: Check) -> None:
 
 def recompute(check: Check) -> None:
     """``with_cp`` compiled and not: equal gradients, memory between the passes, peak of a step."""
-    # What is kept is counted in bytes of storages, so that temporaries do not matter.
-    large = {"arch": "base"} if check.is_large else {"arch": "small"}
-    backbone = large if check.on_gpu else {}
+    backbone = {"arch": "base" if check.is_large else "small"} if check.on_gpu else {}
     images = 16 if check.on_gpu else 2
     kept: dict[tuple[str, bool], float] = {}
     for compiled in (False, True):
@@ -177,6 +180,8 @@ def recompute(check: Check) -> None:
         for mode in (False, "selective", True):
             name = f"{words}, with_cp={mode}"
             with check.part(name):
+                if compiled:
+                    check.require_compiler()
                 trainer = _recomputing_trainer(check, backbone, mode, images)
                 if compiled:
                     _forget_graphs()
@@ -198,17 +203,19 @@ def recompute(check: Check) -> None:
                     check.note(f"{name}: peak of a step", _peak_of_step(trainer, batch), "MiB")
                 del trainer
     for compiled in (False, True):
-        words = "compiled" if compiled else "eager"
-        order = [kept.get((mode, compiled), float("nan")) for mode in (True, "selective", False)]
-        check.holds(
-            f"{words}: kept with True, selective, False",
-            " < ".join(f"{value / 2**20:.1f}" for value in order),
-            "in this order",
-            order[0] < order[1] < order[2],
-            "MiB",
-        )
-    ratio = kept.get(("selective", True), float("nan")) / kept.get(("selective", False), 1.0)
-    check.at_most("selective, kept compiled over eager, off 1", abs(ratio - 1), KEPT_BAR)
+        order = [kept.get((mode, compiled)) for mode in (True, "selective", False)]
+        if None not in order:
+            check.holds(
+                f"{'compiled' if compiled else 'eager'}: kept with True, selective, False",
+                " < ".join(f"{value / 2**20:.1f}" for value in order),
+                "in this order",
+                order[0] < order[1] < order[2],
+                "MiB",
+            )
+    if ("selective", True) in kept:
+        ratio = kept["selective", True] / kept["selective", False]
+        bar = KEPT_BARS[check.device.type]
+        check.at_most("selective, kept compiled over eager, off 1", abs(ratio - 1), bar)
 
 
 def _recomputing_trainer(check: Check, backbone: dict, mode: bool | str, images: int) -> Trainer:
@@ -220,30 +227,26 @@ def _recomputing_trainer(check: Check, backbone: dict, mode: bool | str, images:
         for head in ("dino_head", "ibot_head"):
             cfg.model[head].num_prototypes = 1024
     cfg.model.backbone.with_cp = mode
-    return make_trainer(cfg, "bf16", check)
+    # On a CPU short attention in bf16 is another function eager than compiled.
+    return make_trainer(cfg, "bf16" if check.on_gpu else "fp32", check)
 
 
 def _kept_bytes(trainer: Trainer, batch: dict, check: Check) -> float:
     """Bytes that live between forward and backward pass because autograd wants them."""
     model = trainer.model
     data = model.data_preprocessor(dict(batch), True)
-    storages: dict[int, int] = {}
+    gc.collect()
     if check.on_gpu:
-        gc.collect()
         before = torch.cuda.memory_allocated()
         losses = model(**data, mode="loss")
         kept = torch.cuda.memory_allocated() - before
     else:
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # The allocator's own account, which sees compiled code too.
+        settings = dict(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        with profile(**settings) as recorded:
             losses = model(**data, mode="loss")
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept = sum(size for pointer, size in storages.items() if pointer not in weights)
+        events = recorded.profiler.kineto_results.events()
+        kept = sum(event.nbytes() for event in events if event.name() == "[memory]")
     losses["loss"].backward()
     model.zero_grad(set_to_none=True)
     return float(kept)
@@ -258,6 +261,7 @@ def _peak_of_step(trainer: Trainer, batch: dict) -> float:
 
 def cuda_graphs(check: Check) -> None:
     """Replayed blocks against eager ones: losses, gradients, milliseconds of a small step."""
+    check.require_compiler()
     cfg = quickstart_config(train_cfg__global_batch_size=64)
     eager = make_trainer(cfg, "bf16", check)
     batches = list(eager.batches(4, num_workers=0))

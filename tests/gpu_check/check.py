@@ -1,15 +1,6 @@
-"""One item of the GPU check in this process: figures with bounds, written as they come.
+"""What an item of the GPU check knows of the machine, and how it leaves figures with bounds."""
 
-    python -m tests.gpu_check.check ITEM --device cuda --out FILE
-
-The file is whole at every moment, so what an item measured before it failed or ran out of time is
-kept. ``tools/gpu_check.py`` starts a process of this for each item.
-"""
-
-import argparse
-import importlib
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -17,14 +8,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.logging import MMLogger
 from torch import Tensor
 
-from tests.gpu_check.items import ITEMS
+from dinov3_mm.engine import networks
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -123,6 +114,16 @@ class Check:
         partial.write_text(json.dumps(record))
         os.replace(partial, self.out)
 
+    def require_compiler(self) -> None:
+        """Skip what is to be compiled where ``torch.compile`` cannot run.
+
+        Raises:
+            Skip: with what is missing.
+        """
+        obstacle = getattr(networks, "compile_obstacle", _lacks_triton)(self.device)
+        if obstacle is not None:
+            raise Skip(obstacle)
+
     def json_of(self, command: list[str], out: Path) -> Any:
         """Run a script of the repository, which writes ``out``, and read that.
 
@@ -159,6 +160,11 @@ class Check:
         return sorted(times)[len(times) // 2]
 
 
+def _lacks_triton(device: torch.device) -> str | None:
+    missing = device.type == "cuda" and find_spec("triton") is None
+    return "triton is not installed" if missing else None
+
+
 def last_line(error: BaseException) -> str:
     """An error in one line."""
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -182,37 +188,3 @@ def exact_products() -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-
-
-def run_item(name: str, device: str, out: Path) -> str:
-    """Run an item and leave its record in ``out``; the status."""
-    check = Check(device, out)
-    check.save("running")
-    item = ITEMS[name]
-    try:
-        module = importlib.import_module(f"tests.gpu_check.{item.module}")
-        getattr(module, name.replace("-", "_"))(check)
-    except Skip as skip:
-        check.save("skipped", str(skip))
-        return "skipped"
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        check.save("failed", last_line(error))
-        return "failed"
-    broken = [f"{f['name']}: {f['value']}" for f in check.figures if f["holds"] is False]
-    check.save("failed" if broken else "passed", "; ".join(broken))
-    return "failed" if broken else "passed"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("item", choices=ITEMS)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    MMLogger.get_current_instance().setLevel(logging.WARNING)
-    sys.exit(run_item(args.item, args.device, args.out) == "failed")
-
-
-if __name__ == "__main__":
-    main()

@@ -217,12 +217,16 @@ def parity_float8(check: Check) -> None:
     for rows, width_in, width_out in shapes if check.on_gpu else [(13, 64, 128)]:
         for mode, function in functions.items():
             with check.part(f"{mode} {rows} x {width_in} x {width_out}"):
+                if mode == "compiled":
+                    check.require_compiler()
                 errors = _float8_errors(function, rows, width_in, width_out, check.device)
                 for what, error in errors.items():
                     name = f"{mode} {rows} x {width_in} x {width_out}: {what}"
                     check.at_most(name, error, FLOAT8_BAR)
     for mode, function in functions.items():
         with check.part(f"golden, {mode}"):
+            if mode == "compiled":
+                check.require_compiler()
             _golden_float8(check, mode, function)
     with check.part("backbone"):
         _float8_backbone(check)

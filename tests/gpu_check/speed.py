@@ -43,6 +43,8 @@ def recipe_step(check: Check) -> None:
         with check.part(variant):
             if "xformers" in variant and find_spec("xformers") is None:
                 raise Skip("xformers is not installed")
+            if "compile" in variant:
+                check.require_compiler()
             if "fp8" in variant and torch.cuda.get_device_capability() < (8, 9):
                 raise Skip("this GPU has no float8 products")
             found = _run_variant(variant, batch, check)
