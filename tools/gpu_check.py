@@ -34,6 +34,8 @@ SAME_MODULE = {"opencv-python-headless": "cv2", "onedl-mmengine": "mmengine"}
 # Seconds below which the remaining time is not worth a start.
 LEAST = 10
 MOST_JOBS = 4
+# Processes of items that run.
+LIVE: set[subprocess.Popen] = set()
 
 
 def parse_args() -> argparse.Namespace:
@@ -176,20 +178,22 @@ def run_item(name: str, args: argparse.Namespace, clock: Clock, folder: Path) ->
     began = time.monotonic()
     log = folder / f"{name}.log"
     with open(log, "w") as stream:
-        # A session of its own: what an item started ends with it.
+        # A group of its own: what an item started ends with it.
         process = subprocess.Popen(
             command_of(name, args.device, out),
             env=environment(),
             cwd=ROOT,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
+        LIVE.add(process)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
-        _end_session(process)
+        _end_group(process)
+        LIVE.discard(process)
     record["seconds"] = round(time.monotonic() - began, 1)
     if out.exists():
         record.update(json.loads(out.read_text()))
@@ -204,11 +208,18 @@ def run_item(name: str, args: argparse.Namespace, clock: Clock, folder: Path) ->
     return record
 
 
-def _end_session(process: subprocess.Popen) -> None:
+def _end_group(process: subprocess.Popen) -> None:
     """End a process that is still there, and what it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def end_all(number: int, _frame: object) -> None:
+    """A signal ends the items too; their figures so far are written."""
+    for process in list(LIVE):
+        _end_group(process)
+    os._exit(128 + number)
 
 
 def run_all(args: argparse.Namespace, clock: Clock, folder: Path, finished: Callable) -> list[dict]:
@@ -247,6 +258,8 @@ def main() -> int:
         jobs = args.jobs if "memory_gib" in machine else MOST_JOBS
         print(describe_plan(args.names, args.minutes, jobs, machine, missing_packages()))
         return 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end_all)
     machine = {"error": prepare()}
     if not machine["error"]:
         machine = look_at_machine(args.device)

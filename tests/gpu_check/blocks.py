@@ -27,8 +27,8 @@ from tests.gpu_check.training import (
     worst_loss,
 )
 
-# Kept bytes of compiled blocks against those of eager ones, recomputed by the same policy. Autocast's
-# copies of the weights are a twelfth of them on a GPU, and one of the two may make them anew.
+# Kept bytes of compiled blocks against those of eager ones, recomputed by the same policy. On a GPU
+# autocast's copies of the weights are a twelfth of them, and one of the two may make them anew.
 KEPT_BARS = {"cpu": 0.02, "cuda": 0.1}
 # Of attention against that of each sequence alone in fp32.
 ATTENTION_BARS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
