@@ -72,9 +72,8 @@ def environment() -> dict[str, str]:
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     if PACKAGES.is_dir():
         paths.append(str(PACKAGES))
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(PACKAGES.parent / "inductor")
     # No item may reach for weights of the network.
-    offline = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     return {**os.environ, "PYTHONPATH": ":".join(paths), **offline}
 
 
@@ -175,13 +174,15 @@ def run_item(name: str, args: argparse.Namespace, clock: Clock, folder: Path) ->
     if clock.left() < max(LEAST, needed):
         return {**record, "status": "not reached", "reason": f"{max(0, clock.left()):.0f} s left"}
     limit = min(clock.left(), item.budget if args.device == "cuda" else 10 * item.budget)
+    # A cache of its own: an item that is stopped may leave half a compiled file.
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"{name}_inductor")}
     began = time.monotonic()
     log = folder / f"{name}.log"
     with open(log, "w") as stream:
         # A group of its own: what an item started ends with it.
         process = subprocess.Popen(
             command_of(name, args.device, out),
-            env=environment(),
+            env={**environment(), **cache},
             cwd=ROOT,
             stdout=stream,
             stderr=subprocess.STDOUT,
