@@ -25,7 +25,7 @@ import torch
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
-from train_step import Peak, Trainer, peak_memory_mb
+from train_step import PEAK_SIZE, Peak, Trainer, peak_memory_mb
 
 from dinov3_mm.engine import apply_options, parse_options
 from dinov3_mm.engine.config import fill_defaults
@@ -84,7 +84,7 @@ def run_variant(name: str, arguments: argparse.Namespace) -> dict:
         seconds.append(time.perf_counter() - began)
     step = statistics.median(seconds)
     memory = peak_memory_mb(trainer.device)
-    peak = Peak(torch.bfloat16, arguments.device).measure()
+    peak = Peak(torch.bfloat16, arguments.device, arguments.peak_size).measure()
     return {
         "variant": name,
         "img_per_s": arguments.batch / step,
@@ -98,8 +98,8 @@ def run_variant(name: str, arguments: argparse.Namespace) -> dict:
 def run_in_process(name: str, arguments: argparse.Namespace) -> dict:
     """Run a variant in a process of its own; its ``error`` if it cannot run here."""
     command = [sys.executable, __file__, "--variant", name, "--config", str(arguments.config)]
-    for option in ("batch", "steps", "device"):
-        command += [f"--{option}", str(getattr(arguments, option))]
+    for option in ("batch", "steps", "device", "peak_size"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
     command += ["--options", *arguments.options] if arguments.options else []
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
@@ -133,6 +133,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--peak-size", type=int, default=PEAK_SIZE, help="width of the product of the peak"
+    )
     parser.add_argument("--options", nargs="+", default=[], help="changes of the config")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)

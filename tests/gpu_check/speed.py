@@ -67,7 +67,7 @@ def _run_variant(variant: str, batch: int, check: Check) -> dict:
         command = [str(ROOT / "benchmarks/recipe_step.py"), "--variants", variant]
         command += ["--config", str(RECIPE), "--batch", str(batch), "--out", str(out)]
         command += ["--device", check.device.type, "--steps", "10" if check.on_gpu else "1"]
-        command += [] if check.on_gpu else ["--options", *TINY]
+        command += [] if check.on_gpu else ["--peak-size", "256", "--options", *TINY]
         report = check.json_of(command, out)
     if not report["variants"]:
         raise RuntimeError(report["did_not_run"][variant])
