@@ -12,11 +12,9 @@ the cells.
 
 from itertools import product
 
-import timm
 import torch
 from forward_cells import Forward, argument_parser, run_benchmark
 from torch import Tensor, nn
-from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from dinov3_mm.checkpoints import to_hf, to_timm
 from dinov3_mm.models.backbones import DINOv3ViT
@@ -36,6 +34,8 @@ def build_ours(arch: str) -> DINOv3ViT:
 
 def build_transformers(ours: DINOv3ViT) -> nn.Module:
     """transformers' model with our weights and its fused attention."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
     ffn = ours.blocks[0].mlp
     gated = hasattr(ffn, "w1")
     config = DINOv3ViTConfig(
@@ -54,6 +54,8 @@ def build_transformers(ours: DINOv3ViT) -> nn.Module:
 
 def build_timm(ours: DINOv3ViT, arch: str) -> nn.Module:
     """timm's model with our weights; without the qkv bias, as timm publishes it."""
+    import timm
+
     peer = timm.create_model(f"vit_{arch}_patch16_dinov3")
     peer.load_state_dict(to_timm(ours.state_dict(), qkv_bias=False))
     return peer.eval()

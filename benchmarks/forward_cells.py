@@ -1,6 +1,7 @@
 """What the benchmarks of inference speed share: alternated timing, the table, the command line."""
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -10,9 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import timm
 import torch
-import transformers
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,7 +30,8 @@ def timed(forward: Forward, images: Tensor) -> float:
 def measure(forwards: dict[str, Forward], images: Tensor, pairs: int) -> dict:
     """Alternate the models ``pairs`` times, each round starting with another one.
 
-    ``forwards`` holds ours under 'ours'; all return the same tokens.
+    ``forwards`` holds ours under 'ours'; all return the same tokens. Without a peer there is no
+    ratio.
     """
     names = list(forwards)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -41,11 +41,14 @@ def measure(forwards: dict[str, Forward], images: Tensor, pairs: int) -> dict:
         for name in names[shift:] + names[:shift]:
             times[name].append(timed(forwards[name], images))
     medians = {name: statistics.median(values) for name, values in times.items()}
+    milliseconds = {name: 1e3 * value for name, value in medians.items()}
     peers = [name for name in names if name != "ours"]
+    if not peers:
+        return {"milliseconds": milliseconds, "difference": {}}
     better = min(peers, key=medians.get)
     ratios = [theirs / ours for theirs, ours in zip(times[better], times["ours"])]
     return {
-        "milliseconds": {name: 1e3 * value for name, value in medians.items()},
+        "milliseconds": milliseconds,
         "better_peer": better,
         "ratio": statistics.median(ratios),
         "difference": {name: _difference(tokens[name], tokens["ours"]) for name in peers},
@@ -78,9 +81,15 @@ def hardware(device: str) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "timm": timm.__version__,
+        **{name: _version(name) for name in ("transformers", "timm")},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ import torch
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
-from train_step import Peak, Trainer, peak_memory_mb
+from train_step import PEAK_SIZE, Peak, Trainer, peak_memory_mb
 
 from dinov3_mm.engine import apply_options, parse_options
 from dinov3_mm.engine.config import fill_defaults
@@ -65,7 +65,8 @@ def run_variant(name: str, arguments: argparse.Namespace) -> dict:
     """Measure one variant in this process."""
     variant = VARIANTS[name]
     trainer = Trainer(load_config(arguments, variant), "bf16", arguments.device)
-    batches = list(trainer.batches(2, num_workers=0))
+    # Crops of a large batch take one process longer than the steps.
+    batches = list(trainer.batches(2, num_workers=8 if trainer.device.type == "cuda" else 0))
     flops = trainer.count_flops(batches[0]) if not variant.get("with_cp") else None
     if variant.get("fp8"):
         for _, network in networks_of(trainer.model):
@@ -83,7 +84,7 @@ def run_variant(name: str, arguments: argparse.Namespace) -> dict:
         seconds.append(time.perf_counter() - began)
     step = statistics.median(seconds)
     memory = peak_memory_mb(trainer.device)
-    peak = Peak(torch.bfloat16, arguments.device).measure()
+    peak = Peak(torch.bfloat16, arguments.device, arguments.peak_size).measure()
     return {
         "variant": name,
         "img_per_s": arguments.batch / step,
@@ -94,17 +95,17 @@ def run_variant(name: str, arguments: argparse.Namespace) -> dict:
     }
 
 
-def run_in_process(name: str, arguments: argparse.Namespace) -> dict | None:
-    """Run a variant in a process of its own; None with its message if it cannot run here."""
+def run_in_process(name: str, arguments: argparse.Namespace) -> dict:
+    """Run a variant in a process of its own; its ``error`` if it cannot run here."""
     command = [sys.executable, __file__, "--variant", name, "--config", str(arguments.config)]
-    for option in ("batch", "steps", "device"):
-        command += [f"--{option}", str(getattr(arguments, option))]
+    for option in ("batch", "steps", "device", "peak_size"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
     command += ["--options", *arguments.options] if arguments.options else []
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no message"
         print(f"{name}: did not run: {reason}", flush=True)
-        return None
+        return {"variant": name, "error": reason}
     result = json.loads(run.stdout.splitlines()[-1])
     print(f"{name}: {result['img_per_s']:.1f} img/s, {result['memory_gib']:.1f} GiB", flush=True)
     return result
@@ -132,6 +133,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--peak-size", type=int, default=PEAK_SIZE, help="width of the product of the peak"
+    )
     parser.add_argument("--options", nargs="+", default=[], help="changes of the config")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -140,7 +144,8 @@ def main() -> None:
         print(json.dumps(run_variant(arguments.variant, arguments)))
         return
     results = [run_in_process(name, arguments) for name in arguments.variants]
-    results = [result for result in results if result]
+    failed = {result["variant"]: result["error"] for result in results if "error" in result}
+    results = [result for result in results if "error" not in result]
     # Recomputation does arithmetic twice; the useful part is that of the variants without it.
     flops = next((r["tflop_per_step"] for r in results if r["tflop_per_step"]), float("nan"))
     for result in results:
@@ -150,7 +155,8 @@ def main() -> None:
     print_table(results, f"{arguments.config.stem}, batch {arguments.batch}, {device}")
     if arguments.out:
         setting = {"device": device, "torch": torch.__version__, "batch": arguments.batch}
-        arguments.out.write_text(json.dumps({"setting": setting, "variants": results}, indent=2))
+        report = {"setting": setting, "variants": results, "did_not_run": failed}
+        arguments.out.write_text(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

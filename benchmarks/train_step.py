@@ -143,10 +143,8 @@ class Trainer:
 class Peak:
     """Rate of a large matrix product, FLOP/s."""
 
-    def __init__(self, dtype: torch.dtype, device: str):
-        self.a, self.b = (
-            torch.randn(PEAK_SIZE, PEAK_SIZE, dtype=dtype, device=device) for _ in range(2)
-        )
+    def __init__(self, dtype: torch.dtype, device: str, size: int = PEAK_SIZE):
+        self.a, self.b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
         self.is_cuda = self.a.is_cuda
         self.repeats = 50 if self.is_cuda else 1
         self.measure()
@@ -161,7 +159,7 @@ class Peak:
             self.a @ self.b
         if self.is_cuda:
             torch.cuda.synchronize()
-        return self.repeats * 2 * PEAK_SIZE**3 / (time.perf_counter() - began)
+        return self.repeats * 2 * len(self.a) ** 3 / (time.perf_counter() - began)
 
 
 def run_cell(name: str, dtype: str, args: argparse.Namespace) -> dict:

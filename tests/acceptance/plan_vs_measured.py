@@ -105,38 +105,37 @@ def measured_on_gpu(cfg: Config) -> int:
 
 def compare_real(archs: list[str], images: int, quick: bool) -> list[dict]:
     """One process, every option: predicted and measured bytes of each."""
-    on_gpu = torch.cuda.is_available()
     cases = list(itertools.product(archs, ("fp32", "bf16"), OPTIONS))
-    cells = []
-    for arch, dtype, option in cases[:2] if quick else cases:
-        cfg = step_config(arch, dtype, images, option)
-        (plan,) = predicted(cfg, 1, on_gpu=on_gpu)
-        fake = dry_run(
-            step_config(arch, dtype, images, option), 1, num_images=IMAGES, on_gpu=on_gpu
-        )
-        name = f"ViT {arch}, {dtype}, {images} images, {option}"
-        print(f"{name}: predicted {plan / MIB:.1f} MiB", end="", flush=True)
-        cfg = step_config(arch, dtype, images, option)
-        real = measured_on_gpu(cfg) if on_gpu else measured_peak(cfg)
-        (step,) = fake.steps
-        print(
-            f", measured {real / MIB:.1f} MiB: {plan / real - 1:+.1%} (dry run "
-            f"{step.peak.total / real - 1:+.2%})",
-            flush=True,
-        )
-        cells.append(
-            {
-                "arch": arch,
-                "dtype": dtype,
-                "images": images,
-                "option": option,
-                "predicted_bytes": plan,
-                "measured_bytes": real,
-                "dry_run_bytes": step.peak.total,
-                "predicted_over_measured": plan / real,
-            }
-        )
-    return cells
+    cases = cases[:2] if quick else cases
+    return [compare_case(arch, dtype, images, option) for arch, dtype, option in cases]
+
+
+def compare_case(arch: str, dtype: str, images: int, option: str) -> dict:
+    """Predicted, dry and measured bytes of a step of one process, on the GPU where there is one."""
+    on_gpu = torch.cuda.is_available()
+    cfg = step_config(arch, dtype, images, option)
+    (plan,) = predicted(cfg, 1, on_gpu=on_gpu)
+    fake = dry_run(step_config(arch, dtype, images, option), 1, num_images=IMAGES, on_gpu=on_gpu)
+    name = f"ViT {arch}, {dtype}, {images} images, {option}"
+    print(f"{name}: predicted {plan / MIB:.1f} MiB", end="", flush=True)
+    cfg = step_config(arch, dtype, images, option)
+    real = measured_on_gpu(cfg) if on_gpu else measured_peak(cfg)
+    (step,) = fake.steps
+    print(
+        f", measured {real / MIB:.1f} MiB: {plan / real - 1:+.1%} (dry run "
+        f"{step.peak.total / real - 1:+.2%})",
+        flush=True,
+    )
+    return {
+        "arch": arch,
+        "dtype": dtype,
+        "images": images,
+        "option": option,
+        "predicted_bytes": plan,
+        "measured_bytes": real,
+        "dry_run_bytes": step.peak.total,
+        "predicted_over_measured": plan / real,
+    }
 
 
 def compare_fake(path: str, gpus: list[int]) -> list[dict]:

@@ -97,12 +97,20 @@ def compare(outputs: dict[str, Tensor], tensors: dict[str, Tensor], tolerance: f
 
 
 @torch.no_grad()
-def check_golden(name: str, model: DINOv3ViT | None = None, tolerance: float = 1e-5) -> float:
+def check_golden(
+    name: str,
+    model: DINOv3ViT | None = None,
+    tolerance: float = 1e-5,
+    *,
+    device: str | torch.device = "cpu",
+) -> float:
     """Replay all deterministic cases of ``backbones_{name}``; return the largest difference."""
     description, tensors = load_golden(f"backbones_{name}")
     if model is None:
         model = build_from_recorded(description["constructor"])
     model.load_state_dict(state_dict_of(tensors), strict=True)
+    model.to(device)
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     worst = 0.0
     for case in description["cases"]:
         model.train(case["mode"] == "train")

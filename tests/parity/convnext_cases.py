@@ -52,13 +52,20 @@ def replay(model: DINOv3ConvNeXt, case: str, tensors: dict[str, Tensor]) -> dict
 
 
 @torch.no_grad()
-def check_golden(name: str, model: DINOv3ConvNeXt | None = None, tolerance: float = 1e-5) -> float:
+def check_golden(
+    name: str,
+    model: DINOv3ConvNeXt | None = None,
+    tolerance: float = 1e-5,
+    *,
+    device: str | torch.device = "cpu",
+) -> float:
     """Replay all eval cases of ``backbones_{name}``; return the largest difference."""
     description, tensors = load_golden(f"backbones_{name}")
     if model is None:
         model = build_from_recorded(description["constructor"])
     model.load_state_dict(state_dict_of(tensors), strict=True)
-    model.eval()
+    model.to(device).eval()
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     worst = 0.0
     for case in description["cases"]:
         if case["mode"] == "eval":

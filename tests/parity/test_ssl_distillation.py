@@ -7,7 +7,7 @@ from dinov3_mm.models.backbones import DINOv3ViT
 from dinov3_mm.models.pretraining import DINOv3
 
 from ..golden import assert_parity
-from .test_ssl_full_step import DESCRIPTION, LOG_KEYS, SCALARS, state_of, whole_batch
+from .ssl_cases import DESCRIPTION, LOG_KEYS, SCALARS, state_of, whole_batch
 
 EXPECTED = SCALARS["variant_distillation_unmasked_student"]
 TERMS = ("dino_local_loss", "dino_global_loss", "koleo_loss", "ibot_loss")
