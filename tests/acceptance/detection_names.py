@@ -41,7 +41,8 @@ load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=T
 data = dict(type='CocoDataset', ann_file='', _delete_=True)
 train_dataloader = dict(dataset=dict(data, pipeline=[*load, dict(type='PackDetInputs')]))
 val_dataloader = dict(dataset=dict(data, test_mode=True, pipeline=[*load,
-    dict(type='Resize', scale=image_size, keep_ratio=True), dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]))
+    dict(type='Resize', scale=image_size, keep_ratio=True), dict(type='PackDetInputs',
+    meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]))
 test_dataloader = val_dataloader
 val_evaluator = dict(type='CocoMetric', ann_file='', metric='bbox', classwise=True)
 test_evaluator = val_evaluator
