@@ -181,6 +181,16 @@ def test_a_shard_that_is_cut_off_is_found(tmp_path):
     assert f"{shard} is missing or cut off" in str(caught.value)
 
 
+def test_a_folder_of_several_students(tmp_path):
+    folder = checkpoint_path(tmp_path, 3, sharded=True)
+    for name in ("state", "students/a", "students/b"):
+        write_training_state(folder / f"{name}.pth", {"meta": {"iter": 3}, "x": torch.zeros(1000)})
+    assert choose_checkpoint(pretraining(tmp_path)) == folder
+    os.truncate(folder / "students/b.pth", 2000)
+    with pytest.raises(ConfigError, match=r"b\.pth"):
+        choose_checkpoint(pretraining(tmp_path))
+
+
 @pytest.mark.parametrize("given", ["teacher.safetensors", "."])
 def test_an_export_is_no_checkpoint(tmp_path, given):
     export_backbone(toy_backbone(1), tmp_path / "teacher.safetensors")

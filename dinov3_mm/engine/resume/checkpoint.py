@@ -20,6 +20,7 @@ from dinov3_mm.engine.runner.branches import resume_point
 from dinov3_mm.engine.runner.files import find_latest_checkpoint, list_checkpoints
 from dinov3_mm.engine.runner.sharded_state import is_sharded_state
 from dinov3_mm.engine.runner.training_state import read_training_state
+from dinov3_mm.engine.students.strategy import STUDENTS
 
 from .comparison import compared, plain, stored_config
 
@@ -157,14 +158,27 @@ def _read(cfg: Mapping, path: Path) -> dict:
         raise ValueError(
             f"{path} is no training checkpoint: it does not say at which iteration it was written"
         )
-    if path.is_dir():
-        if not is_sharded_state(path):
-            raise ValueError(f"{path} has no index: it is no complete training checkpoint")
-        for info in (read_index(path).storage_data or {}).values():
-            shard = path / info.relative_path
-            if not shard.is_file() or shard.stat().st_size < info.offset + info.length:
-                raise ValueError(f"{shard} is missing or cut off")
+    if path.is_dir() and not is_host_config(cfg):
+        _check_folder(path)
     return state
+
+
+def _check_folder(path: Path) -> None:
+    """Raise a ``ValueError`` for a folder whose tensors are not all there.
+
+    They are one file for each of several students, or shards with an index.
+    """
+    students = list((path / STUDENTS).glob("*.pth"))
+    if students:
+        for student in students:
+            read_training_state(student, mmap=True)
+        return
+    if not is_sharded_state(path):
+        raise ValueError(f"{path} has no index: it is no complete training checkpoint")
+    for info in (read_index(path).storage_data or {}).values():
+        shard = path / info.relative_path
+        if not shard.is_file() or shard.stat().st_size < info.offset + info.length:
+            raise ValueError(f"{shard} is missing or cut off")
 
 
 def _check_given(cfg: Config, path: Path) -> Path:
