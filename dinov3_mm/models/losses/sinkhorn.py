@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .fusion import fused
+
 
 @torch.no_grad()
 def sinkhorn_knopp(
@@ -31,17 +33,13 @@ def sinkhorn_knopp(
     Returns:
         (n, K) float32 probabilities without gradient; every row sums to 1 (if ``num_iters > 0``).
     """
-    matrix = logits.to(torch.float32, copy=True).div_(temp)
-    peaks = matrix.amax(0) if len(matrix) else matrix.new_full(matrix.shape[1:], -torch.inf)
+    matrix, peaks = _scale(logits, temp)
     _all_reduce(peaks, dist.ReduceOp.MAX, group)
     if num_iters == 0:
         matrix.sub_(peaks.max()).exp_()
         return matrix.div_(_mean_row_sum(matrix, group))
 
-    matrix.sub_(peaks)
-    sample_peaks = matrix.amax(1, keepdim=True)
-    matrix.sub_(sample_peaks).exp_()
-    per_sample = sample_peaks.squeeze(1).exp_()
+    per_sample = _exponentiate_(matrix, peaks)
     for _ in range(num_iters):
         mass = torch.mv(matrix.t(), per_sample)  # (K,) mass of each prototype over all samples
         _all_reduce(mass, dist.ReduceOp.SUM, group)
@@ -49,6 +47,30 @@ def sinkhorn_knopp(
         # The vectors' common factor is free; without this it would grow by n / K per iteration.
         per_prototype /= per_prototype.mean()
         per_sample = torch.mv(matrix, per_prototype).reciprocal_()
+    return _weigh_(matrix, per_prototype, per_sample)
+
+
+@fused
+def _scale(logits: Tensor, temp: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Logits over temperature in float32, and the largest of each prototype."""
+    matrix = logits.to(torch.float32, copy=True).div_(temp)
+    if not len(matrix):
+        return matrix, matrix.new_full(matrix.shape[1:], -torch.inf)
+    return matrix, matrix.amax(0)
+
+
+@fused
+def _exponentiate_(matrix: Tensor, peaks: Tensor) -> Tensor:
+    """Divide by the peaks of prototypes, then of samples, in the exponent; return the latter."""
+    matrix.sub_(peaks)
+    sample_peaks = matrix.amax(1, keepdim=True)
+    matrix.sub_(sample_peaks).exp_()
+    return sample_peaks.squeeze(1).exp_()
+
+
+@fused
+def _weigh_(matrix: Tensor, per_prototype: Tensor, per_sample: Tensor) -> Tensor:
+    """Apply the scaling vectors."""
     return matrix.mul_(per_prototype).mul_(per_sample.unsqueeze(1))
 
 

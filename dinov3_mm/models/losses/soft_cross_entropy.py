@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .fusion import fused
+
 # Float32 elements handled at a time: on a CPU a piece that stays in its cache, on an accelerator
 # pieces large enough to hide the launches (512 MiB of scratch memory).
 CPU_CHUNK = 1 << 17
@@ -38,13 +40,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
         mass = torch.empty(rows, device=logits.device)  # (S, R): sum_k target
         matched = torch.empty(rows, device=logits.device)  # (S, R): sum_k target * scaled logit
         for part in _row_slices(logits):
-            scaled = logits[:, part].to(torch.float32, copy=True).mul_(scale)
-            target = targets[:, part]
-            matched[:, part] = torch.linalg.vecdot(scaled, target.expand_as(scaled))
-            peak = scaled.amax(-1, keepdim=True)
-            total = scaled.sub_(peak).exp_().sum(-1)
-            log_norm[:, part] = peak.squeeze(-1) + total.log_()
-            mass[:, part] = target.sum(-1)
+            statistics = _row_statistics(logits[:, part], targets[:, part], scale)
+            log_norm[:, part], mass[:, part], matched[:, part] = statistics
         weights = weights.expand(rows)
         ctx.save_for_backward(logits, targets, weights, log_norm, mass)
         ctx.scale = scale
@@ -58,11 +55,39 @@ class _SoftCrossEntropy(torch.autograd.Function):
         log_norm, mass = log_norm.unsqueeze(-1), mass.unsqueeze(-1)
         grad = torch.empty_like(logits)
         for part in _row_slices(logits):
-            piece = logits[:, part].to(torch.float32, copy=True).mul_(ctx.scale)
-            piece.sub_(log_norm[:, part]).exp_().mul_(mass[:, part]).sub_(targets[:, part])
-            torch.mul(piece, row_factor[:, part], out=piece)
-            grad[:, part] = piece
+            rows = (log_norm[:, part], mass[:, part], row_factor[:, part])
+            _write_gradient(grad[:, part], logits[:, part], targets[:, part], *rows, ctx.scale)
         return grad, None, None, None
+
+
+@fused
+def _row_statistics(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Log normaliser, sum of targets and matched logits of each row (S, r)."""
+    scaled = logits.to(torch.float32, copy=True).mul_(scale)
+    if torch.compiler.is_compiling():  # a product of matrices would end the fusion
+        matched = (scaled * targets).sum(-1)
+    else:
+        matched = torch.linalg.vecdot(scaled, targets.expand_as(scaled))
+    peak = scaled.amax(-1, keepdim=True)
+    total = scaled.sub_(peak).exp_().sum(-1)
+    mass = targets.sum(-1).expand(logits.shape[:2])
+    return peak.squeeze(-1) + total.log_(), mass, matched
+
+
+@fused
+def _write_gradient(
+    out: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    log_norm: Tensor,
+    mass: Tensor,
+    row_factor: Tensor,
+    scale: float,
+) -> None:
+    """Write the gradient of the logits to ``out``."""
+    piece = logits.to(torch.float32, copy=True).mul_(scale)
+    piece.sub_(log_norm).exp_().mul_(mass).sub_(targets)
+    out.copy_(piece.mul_(row_factor))
 
 
 def _row_slices(logits: Tensor) -> list[slice]:
