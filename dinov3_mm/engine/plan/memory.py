@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from . import activations as act
 from .options import Option
 from .prototypes import ComparisonMemory, comparison_memory
-from .state import gradients, local_numel, local_values, resident, shards, waiting_gradients
+from .state import gradients, local_numel, resident, shards, waiting_gradients
 from .workload import Sequence, Transformer, Workload, numel
 
 FP32 = 4
@@ -74,9 +74,6 @@ def plan_memory(
         + max(waiting, 0 if option.strategy == "ddp" else grads)
         + gathered_memory(work, option, "blocks")
     )
-    if on_gpu:
-        teacher = local_values(work.networks["teacher"], shards(option, world_size))
-        moments["EMA update"] = FP32 * teacher
     base = sum(state.values())
     return MemoryPlan(
         state,

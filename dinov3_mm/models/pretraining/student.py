@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dinov3_mm.checkpoints import install_weights, load_weights
@@ -15,6 +16,8 @@ from dinov3_mm.checkpoints.sharding import shard_state
 from ..layers.batch_norm import FrozenBatchNorm2d, SyncedBatchNorm2d
 
 HEADS = ("dino_head", "ibot_head")
+# Values from which a tensor of the EMA teacher is moved by a kernel of its own.
+_OWN_KERNEL = 2**16
 
 
 def build_student(backbone: dict | nn.Module, dino_head: dict, ibot_head: dict) -> nn.ModuleDict:
@@ -89,13 +92,30 @@ def follow(ema: nn.Module, network: nn.Module, momentum: float | Tensor) -> None
 
 
 def _lerp(averages: list[Tensor], values: list[Tensor], momentum: float | Tensor) -> None:
+    # Shards of a network and of its copy lie alike, so each rank moves its own.
+    averages, values = ([_local(t) for t in tensors] for tensors in (averages, values))
     if not isinstance(momentum, Tensor):
         torch._foreach_lerp_(averages, values, 1.0 - momentum)
         return
     step = (1.0 - momentum).to(averages[0].device, averages[0].dtype, non_blocking=True)
-    change = torch._foreach_sub(values, averages)
-    torch._foreach_mul_(change, step)
-    torch._foreach_add_(averages, change)
+    # torch has no kernel of many tensors for a weight that is on the device. A matrix is moved in
+    # one pass by a kernel of its own; vectors are too small for that and moved together, with
+    # temporaries of their size.
+    small: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for average, value in zip(averages, values, strict=True):
+        if average.numel() >= _OWN_KERNEL:
+            average.lerp_(value, step)
+        else:
+            small[0].append(average)
+            small[1].append(value)
+    if small[0]:
+        change = torch._foreach_sub(small[1], small[0])
+        torch._foreach_mul_(change, step)
+        torch._foreach_add_(small[0], change)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def load_network(network: nn.ModuleDict, path: str | os.PathLike, *, what: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 import dinov3_mm.engine.optim  # noqa: F401  (registers the optimizer wrapper)
 from dinov3_mm.checkpoints import export_backbone
@@ -84,6 +85,31 @@ def test_teacher_starts_as_the_student_and_follows_parameters_only():
     exact = copy.deepcopy(model.teacher)
     model.update_teacher(torch.tensor(1.0))
     assert same_tensors(model.teacher, exact)
+
+
+@pytest.mark.parametrize("momentum", [0.994, 0.25])
+def test_teacher_follows_in_place_by_a_momentum_on_the_device(momentum, monkeypatch):
+    """Within two roundings of float64; matrices without a temporary of their size."""
+    monkeypatch.setattr("dinov3_mm.models.pretraining.student._OWN_KERNEL", 1024)
+    torch.manual_seed(3)
+    model = build_toy()
+    with torch.no_grad():
+        for param in (*model.student.parameters(), *model.teacher.parameters()):
+            param.normal_()
+    old = [param.clone() for param in model.teacher.parameters()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
+        model.update_teacher(torch.tensor(momentum))
+    largest = max(
+        event.nbytes()
+        for event in run.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    sizes = [4 * param.numel() for param in model.teacher.parameters()]
+    assert max(sizes) >= 4 * 1024 > largest
+    pairs = zip(old, model.student.parameters(), model.teacher.parameters(), strict=True)
+    for before, student, teacher in pairs:
+        exact = momentum * before.double() + (1 - momentum) * student.double()
+        assert (teacher - exact).abs().max() <= 2**-22 * max(before.abs().max(), 1)
 
 
 def test_only_the_student_trains():
