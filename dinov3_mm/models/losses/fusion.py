@@ -6,7 +6,7 @@ stay between the pieces. A piece is an ordinary function until :func:`compile_lo
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -23,8 +23,11 @@ def compile_losses(is_on: bool = True) -> None:
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a piece: a function of tensors and numbers that may write to its tensors."""
-    # The numbers of rows change from step to step. Nothing is compiled before the first call.
-    compiled = torch.compile(function, dynamic=True)
+
+    @cache
+    def compiled() -> Callable[..., Any]:
+        # The numbers of rows change from step to step.
+        return torch.compile(function, dynamic=True)
 
     @wraps(function)
     def run(*arguments):
@@ -34,7 +37,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments)
         # A number would be compiled into the piece, and temperatures follow schedules.
         device = arguments[0].device
-        return compiled(
+        return compiled()(
             *(
                 torch.full((), each, device=device) if isinstance(each, float) else each
                 for each in arguments
