@@ -22,6 +22,9 @@ model = dict(
     compute_dtype='bf16',
 )
 
+# 'auto': torch.compile for blocks and losses on a GPU; False switches it off, e.g. to look at something quickly.
+strategy = dict(type='PretrainStrategy', compile_blocks='auto')
+
 train_cfg = dict(type='PretrainLoop', max_iters='auto', global_batch_size='auto')
 
 train_dataloader = dict(

@@ -26,7 +26,8 @@ model = dict(
 )
 
 # The teacher is sharded with the student. For a teacher that fits the GPU beside the student: strategy=dict(type='PretrainStrategy').
-strategy = dict(type='FSDP2Strategy', param_dtype='bf16', reduce_dtype='fp32', compile_blocks=True)
+# 'auto': torch.compile for blocks and losses on a GPU.
+strategy = dict(type='FSDP2Strategy', param_dtype='bf16', reduce_dtype='fp32', compile_blocks='auto')
 
 train_dataloader = dict(
     source=images,

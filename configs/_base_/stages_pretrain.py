@@ -20,6 +20,9 @@ model = dict(
     compute_dtype='bf16',
 )
 
+# 'auto': torch.compile for blocks and losses on a GPU; False switches it off, e.g. to look at something quickly.
+strategy = dict(type='PretrainStrategy', compile_blocks='auto')
+
 # A tenth of the 7B's iterations: at a batch of 1024 80 epochs of ImageNet-1k. The schedules have no end, so a run may be longer.
 max_iters = 100_000
 train_cfg = dict(type='PretrainLoop', max_iters=max_iters, global_batch_size='auto')

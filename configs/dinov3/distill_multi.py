@@ -7,7 +7,7 @@ _base_ = ['../_base_/distill_vit.py']
 shared = _base_.model
 backbone = shared.pop('backbone')
 # Every rank holds the whole teacher here: 28 GB in fp32 for the 7B with its heads. Rank groups are not sharded.
-strategy = dict(_delete_=True, type='MultiDistillationStrategy', compile_blocks=True)
+strategy = dict(_delete_=True, type='MultiDistillationStrategy', compile_blocks='auto')
 
 model = dict(
     _delete_=True,

@@ -1,5 +1,6 @@
 """FlexibleRunner strategies for pretraining: one process, or one per GPU (or CPU rank) with DDP."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import nn
 import dinov3_mm
 from dinov3_mm.datasets.randomness import torch_seed
 from dinov3_mm.engine.cuda_graphs import COMPILE_OPTIONS, check_device, mark_steps
-from dinov3_mm.engine.networks import backbones_of, compile_units
+from dinov3_mm.engine.networks import backbones_of, compile_units, decide_compile
 from dinov3_mm.engine.runner.sharded_state import load_sharded_state
 from dinov3_mm.engine.runner.training_state import (
     load_model_state,
@@ -24,6 +25,7 @@ from dinov3_mm.engine.runner.training_state import (
     write_training_state,
 )
 from dinov3_mm.models.layers.fp8 import enable_fp8
+from dinov3_mm.models.losses import compile_losses
 
 # Iteration whose random numbers initialise the model.
 BEFORE_THE_FIRST_STEP = -1
@@ -40,7 +42,9 @@ class PretrainStrategy(SingleDeviceStrategy):
     read without unpickling.
 
     Args:
-        compile_blocks (bool): Compile each block of the backbones with ``torch.compile``.
+        compile_blocks (bool or str): Compile each block of the backbones, and the passes of the
+            losses over their prototypes, with ``torch.compile``. ``'auto'``: on a GPU, if triton
+            and a C compiler are there. Defaults to False.
         cuda_graphs (bool): Replay the compiled blocks as CUDA graphs, which saves the launch of
             kernels where blocks are small. Needs a CUDA device, ``compile_blocks``, crops of one
             set of sizes, one micro batch per step and no recomputation.
@@ -52,12 +56,13 @@ class PretrainStrategy(SingleDeviceStrategy):
 
     Raises:
         ValueError: ``cuda_graphs`` on a CPU.
+        RuntimeError: ``compile_blocks=True`` where torch.compile cannot run.
     """
 
     def __init__(
         self,
         *,
-        compile_blocks: bool = False,
+        compile_blocks: bool | str = False,
         cuda_graphs: bool = False,
         fp8_filter: str | None = None,
         load_optimizer: bool = False,
@@ -92,11 +97,21 @@ class PretrainStrategy(SingleDeviceStrategy):
         if self.fp8_filter is not None:
             layers = [enable_fp8(backbone, self.fp8_filter) for backbone in backbones_of(model)]
             self.logger.info(f"float8: {sum(map(len, layers))} linear layers")
-        if self.compile_blocks:
+        is_compiled, reason = decide_compile(
+            # Graphs are those of compiled blocks.
+            True if self.cuda_graphs and self.compile_blocks else self.compile_blocks,
+            training_device(),
+        )
+        if reason is not None:
+            level = logging.INFO if training_device().type == "cpu" else logging.WARNING
+            self.logger.log(level, f"torch.compile: {reason}")
+        compile_losses(is_compiled)
+        if is_compiled:
             options = COMPILE_OPTIONS if self.cuda_graphs else {}
             count = compile_units(model, **options)
             graphs = ", then replayed as CUDA graphs" if self.cuda_graphs else ""
-            self.logger.info(f"torch.compile: {count} blocks, compiled when they first run{graphs}")
+            what = f"{count} blocks and the losses"
+            self.logger.info(f"torch.compile: {what}, compiled when they first run{graphs}")
         if self.cuda_graphs:
             mark_steps(model)
         return model
