@@ -104,6 +104,10 @@ STRATEGIES = {
     "fsdp2-gathered": dict(strategy=dict(type="FSDP2Strategy", reshard_after_forward=False)),
     "ddp-compile": dict(strategy=dict(type="PretrainDDPStrategy", compile_blocks=True)),
     "fsdp2-compile": dict(strategy=dict(type="FSDP2Strategy", compile_blocks=True)),
+    "fsdp2-compile-selective": {
+        "strategy": dict(type="FSDP2Strategy", compile_blocks=True),
+        "model.backbone.with_cp": "selective",
+    },
     "fsdp2-selective": {
         "strategy": dict(type="FSDP2Strategy"),
         "model.backbone.with_cp": "selective",

@@ -1,6 +1,7 @@
 """Sharded models on two gloo ranks: the values of one process, in and out."""
 
 import copy
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from dinov3_mm.checkpoints import build_backbone, export_backbone, load_backbone_weights
 from dinov3_mm.checkpoints.sharding import gather_whole, shard_like
@@ -20,6 +22,7 @@ from dinov3_mm.engine.fsdp2.initialisation import (
     materialise,
 )
 from dinov3_mm.engine.fsdp2.sharding import ShardingPolicy, shard_model, sharded_modules
+from dinov3_mm.engine.networks import compile_units
 from tests.checkpoints.toys import redraw
 
 WORLD = 2
@@ -158,3 +161,45 @@ def test_whole_tensors_stay_what_they_are():
     tensor = torch.arange(4.0)
     assert shard_like(tensor, torch.zeros(4)) is tensor
     assert torch.equal(gather_whole(tensor), tensor)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+    dist.destroy_process_group()
+
+
+def step_of_student(model) -> tuple[list[Tensor], Counter]:
+    """Loss and whole gradients of the student's backbone, and how often products ran in a step
+    that is not the first.
+    """
+    backbone = model.student.backbone
+    generator = torch.Generator().manual_seed(5)
+    images = [torch.randn(n, 3, size, size, generator=generator) for n, size in ((4, 32), (6, 16))]
+    for _ in range(2):
+        backbone.zero_grad()
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
+            outputs = backbone.forward_tokens(images)
+            loss = sum(out.cls.square().mean() + out.patches.square().mean() for out in outputs)
+            loss.backward()
+    products = ("aten::addmm", "aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+    events = recorded.profiler.kineto_results.events()
+    grads = [gather_whole(p.grad) for p in backbone.parameters() if p.grad is not None]
+    return [loss.detach(), *grads], Counter(e.name() for e in events if e.name() in products)
+
+
+def test_checkpoint_within_compiler_within_shards(one_rank):
+    """The strategy's order: no product runs twice, and the values are those of neither."""
+    expected, products = step_of_student(build_whole("vit"))
+    model = build_whole("vit")
+    for network in (model.student, model.teacher):
+        for block in network.backbone.blocks:
+            block.with_cp = "selective"
+    torch._dynamo.reset()
+    compile_units(model)
+    shard_model(model, one_rank, ShardingPolicy())
+    actual, ran = step_of_student(model)
+    assert ran == products
+    for value, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-6)

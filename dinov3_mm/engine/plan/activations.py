@@ -14,7 +14,8 @@ take part in the branch), with c bytes per activation, are kept for the backward
   where it is gated.
 
 With ``with_cp='selective'`` the outputs of matrix products and of the attention stay, and the
-block's input; with ``with_cp=True`` the input alone.
+block's input; with ``with_cp=True`` the input alone. The same holds for compiled blocks, which
+contain their checkpoint.
 """
 
 from collections.abc import Iterable

@@ -8,7 +8,7 @@ from mmengine.model.weight_init import initialize
 from torch import Tensor, nn
 
 from ..layers import ConvNeXtBlock, LayerNorm, PatchConv2d
-from ..layers.recompute import check_mode, run_recomputed
+from ..layers.recompute import check_mode
 from .recorded_weights import RecordedWeights
 
 NUM_STAGES = 4
@@ -66,6 +66,7 @@ class ConvNeXtTrunk(RecordedWeights):
                         width,
                         layer_scale_init_value=settings["layer_scale_init_value"],
                         drop_rate=next(rates).item(),
+                        with_cp=self.with_cp,
                     )
                     for _ in range(depth)
                 )
@@ -110,10 +111,7 @@ class ConvNeXtTrunk(RecordedWeights):
             for block in stage:
                 # Drawn here, so that recomputing a block needs no restored random state.
                 scale = block.draw_scale(x.shape[0], x.device)
-                if self.with_cp and torch.is_grad_enabled():
-                    x = run_recomputed(self.with_cp, block, x, scale)
-                else:
-                    x = block(x, scale)
+                x = block(x, scale)
             outputs.append(x)
         return outputs
 

@@ -44,7 +44,7 @@ class DINOv2ViT(ViTInterface):
         drop_path_rate: share of the images that skip a residual branch in training, equal in all
             blocks.
         out_indices, out_type, final_norm, frozen_stages: see :class:`ViTInterface`.
-        attn_backend: 'auto', 'sdpa' or 'xformers'.
+        attn_backend: 'auto', 'sdpa', 'xformers' or 'varlen', see ``SelfAttention``.
         with_cp: recompute each block in the backward pass instead of storing its activations:
             True everything, 'selective' all but matrix products and attention.
         init_cfg: MMEngine initialisation config, run after the model's own initialisation.

@@ -50,7 +50,7 @@ class DINOv3ViT(ViTInterface):
         final_norm: apply the final norm to every output of :meth:`forward`.
         frozen_stages: 0 freezes tokens and patch embedding, k also the first k blocks, the number
             of blocks everything. Frozen parts stay in eval mode. -1 freezes nothing.
-        attn_backend: 'auto', 'sdpa' or 'xformers'.
+        attn_backend: 'auto', 'sdpa', 'xformers' or 'varlen', see ``SelfAttention``.
         with_cp: recompute each block in the backward pass instead of storing its activations:
             True everything, 'selective' all but matrix products and attention.
         init_cfg: MMEngine initialisation config, run after the model's own initialisation.

@@ -9,18 +9,22 @@ from torch import Tensor, nn
 
 from ..layers import (
     Block,
+    ImageSubset,
     LayerNorm,
     LayerScale,
     MaskedKBiasLinear,
+    Packing,
     PatchEmbed,
     RMSNorm,
     RotaryEmbedding2D,
     SequenceShape,
     build_norm,
+    count_kept,
     draw_subset,
+    draw_subsets,
     ffn_hidden_dims,
 )
-from ..layers.recompute import check_mode, run_recomputed
+from ..layers.recompute import check_mode
 from .recorded_weights import RecordedWeights
 
 _SELF_INITIALISED = (PatchEmbed, RotaryEmbedding2D, LayerScale, LayerNorm, RMSNorm)
@@ -94,7 +98,13 @@ class ViTTrunk(RecordedWeights):
         self.rope_embed = None if rope is None else RotaryEmbedding2D(head_dims, **rope)
         block_settings = {key: settings[key] for key in _BLOCK_SETTINGS if key in settings}
         self.blocks = nn.ModuleList(
-            Block(dims, self.num_heads, attn_backend=self.attn_backend, **block_settings)
+            Block(
+                dims,
+                self.num_heads,
+                attn_backend=self.attn_backend,
+                with_cp=self.with_cp,
+                **block_settings,
+            )
             for _ in range(self.num_layers)
         )
         self._build_norms()
@@ -210,19 +220,29 @@ class ViTTrunk(RecordedWeights):
         outputs = []
         rope = self.rope_embed
         plain_tables = None if rope is None else [rope(*grid) for grid in grids]
+        packings: dict[bool, Packing] = {}  # by whether images skip the branch
+        drawn: list[ImageSubset] | None = None
         for index in range(layers[-1] + 1):
             block = self.blocks[index]
             # All draws are made here, so that a block is a function of its arguments: recomputing
             # it under checkpointing needs no restored random state.
-            inputs: list[Any] = [plain_tables]
+            tables = plain_tables
             if block.training and rope is not None and rope.augmented:
-                inputs = [[rope(*grid, augment=True) for grid in grids]]
-            if block.training and self.drop_path_rate > 0:
-                inputs += [draw_subset(shapes, self.drop_path_rate, x.device) for _ in range(2)]
-            if self.with_cp and torch.is_grad_enabled():
-                x = run_recomputed(self.with_cp, block, x, shapes, *inputs)
-            else:
-                x = block(x, shapes, *inputs)
+                tables = [rope(*grid, augment=True) for grid in grids]
+            drops = block.training and self.drop_path_rate > 0
+            subsets: Sequence[ImageSubset | None] = (None, None)
+            if drops and x.device.type == "cpu":
+                # In the order of the reference, block by block.
+                subsets = [draw_subset(shapes, self.drop_path_rate, x.device) for _ in range(2)]
+            elif drops:
+                if drawn is None:
+                    count = 2 * (layers[-1] + 1 - index)
+                    drawn = draw_subsets(shapes, self.drop_path_rate, x.device, count)
+                subsets = [drawn.pop(), drawn.pop()]
+            if drops not in packings:
+                kept = count_kept(shapes, self.drop_path_rate) if drops else shapes
+                packings[drops] = block.attn.pack(x, kept)
+            x = block(x, shapes, tables, *subsets, packings[drops])
             if index in layers:
                 outputs.append(x)
         return outputs

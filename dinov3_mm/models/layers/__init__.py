@@ -1,7 +1,7 @@
 """Building blocks of the backbones; they know torch only."""
 
-from .attention import ATTN_BACKENDS, MaskedKBiasLinear, SelfAttention
-from .block import Block, ImageSubset, LayerScale, draw_subset
+from .attention import ATTN_BACKENDS, MaskedKBiasLinear, Packing, SelfAttention
+from .block import Block, ImageSubset, LayerScale, count_kept, draw_subset, draw_subsets
 from .convnext_block import ConvNeXtBlock, PatchConv2d
 from .feed_forward import FFN_LAYERS, FusedSwiGLU, Mlp, SwiGLU, build_ffn, ffn_hidden_dims
 from .linear import Linear
@@ -24,6 +24,7 @@ __all__ = [
     "Linear",
     "MaskedKBiasLinear",
     "Mlp",
+    "Packing",
     "PatchConv2d",
     "PatchEmbed",
     "RMSNorm",
@@ -34,7 +35,9 @@ __all__ = [
     "SwiGLU",
     "build_ffn",
     "build_norm",
+    "count_kept",
     "draw_subset",
+    "draw_subsets",
     "ffn_hidden_dims",
     "resample_position_embedding",
     "rotate_packed_qkv",

@@ -1,8 +1,12 @@
 """Self-attention over packed sequences of different lengths."""
 
 import importlib.util
-from functools import lru_cache
-from typing import Any
+import json
+import os
+import warnings
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +17,28 @@ from .linear import Linear
 from .rope import RopeTables
 from .rotation import QueryKeyValue, SequenceShape, rotate_packed_qkv, split_packed_qkv
 
-ATTN_BACKENDS = ("auto", "sdpa", "xformers")
+ATTN_BACKENDS = ("auto", "sdpa", "xformers", "varlen")
+# Where ``benchmarks/attention_backends.py --record`` keeps which backend is the fastest on a GPU.
+RECORD_VARIABLE = "DINOV3_MM_ATTENTION"
+DEFAULT_RECORD = Path("~/.cache/dinov3_mm/attention.json")
+
+
+class Packing(NamedTuple):
+    """How the images of a packed batch attend, the same for all blocks of a forward pass.
+
+    Made outside of the blocks, so that a compiled block holds no copy from the host.
+
+    Attributes:
+        backend: 'sdpa', 'xformers' or 'varlen'.
+        starts: (images + 1,) int32, the first token of every image and the end; None for 'sdpa'.
+        longest: most tokens of an image.
+        mask: block-diagonal mask of 'xformers', else None.
+    """
+
+    backend: str
+    starts: Tensor | None = None
+    longest: int = 0
+    mask: Any = None
 
 
 class MaskedKBiasLinear(Linear):
@@ -47,8 +72,9 @@ class SelfAttention(nn.Module):
         dims, num_heads: width and heads.
         qkv_bias, proj_bias: biases of the two projections.
         mask_k_bias: see :class:`MaskedKBiasLinear`; without ``qkv_bias`` there is nothing to mask.
-        backend: 'sdpa' calls torch's attention once per entry; 'xformers' makes one call with a
-            block-diagonal mask; 'auto' takes xformers for several entries on CUDA if it is there.
+        backend: 'sdpa' calls torch's attention once per entry; 'xformers' and 'varlen' (torch's
+            variable-length attention) make one call for all entries, on a GPU; 'auto' decides for
+            several entries on CUDA, see :func:`fastest_backend`.
 
     Raises:
         ImportError: if the backend is 'xformers' and it is not installed.
@@ -69,8 +95,7 @@ class SelfAttention(nn.Module):
             raise ValueError(f"attn_backend is {backend!r}; expected one of {ATTN_BACKENDS}")
         self.num_heads = num_heads
         self.backend = backend
-        self.has_xformers = importlib.util.find_spec("xformers") is not None
-        if backend == "xformers" and not self.has_xformers:
+        if backend == "xformers" and not _has_xformers():
             raise ImportError(
                 "attn_backend is 'xformers', which is not installed; install the extra "
                 "'dinov3_mm[gpu]' or use attn_backend='auto'"
@@ -82,7 +107,11 @@ class SelfAttention(nn.Module):
         self.proj = Linear(dims, dims, bias=proj_bias)
 
     def forward(
-        self, x: Tensor, shapes: list[SequenceShape], tables: list[RopeTables] | None
+        self,
+        x: Tensor,
+        shapes: list[SequenceShape],
+        tables: list[RopeTables] | None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Attend within each image.
 
@@ -90,19 +119,40 @@ class SelfAttention(nn.Module):
             x: packed tokens (sum of images * tokens, D).
             shapes: (images, tokens) of each packed entry.
             tables: RoPE sine and cosine of each entry; None for no rotation.
+            packing: of these shapes, see :meth:`pack`; None makes one.
         """
+        packing = self.pack(x, shapes) if packing is None else packing
         qkv = self.qkv(x)
         if tables is None:
             entries = split_packed_qkv(qkv, self.num_heads, shapes)
         else:
             entries = rotate_packed_qkv(qkv, self.num_heads, shapes, tables)
-        attend = attend_block_diagonal if self._use_xformers(x, shapes) else attend_per_entry
-        return self.proj(attend(entries))
+        if packing.backend == "sdpa":
+            return self.proj(attend_per_entry(entries))
+        return self.proj(attend_packed(entries, packing))
 
-    def _use_xformers(self, x: Tensor, shapes: list[SequenceShape]) -> bool:
-        if self.backend == "auto":
-            return self.has_xformers and x.is_cuda and len(shapes) > 1
-        return self.backend == "xformers"
+    def pack(self, x: Tensor, shapes: list[SequenceShape]) -> Packing:
+        """Choose the backend for ``x`` (tokens, D), and make what its calls have in common.
+
+        A variable-length kernel that was asked for and does not run here gives way to 'sdpa', with
+        a warning that says why.
+        """
+        backend = self.backend
+        if backend == "auto":
+            several = x.is_cuda and len(shapes) > 1
+            backend = fastest_backend(x.device.index or 0) if several else "sdpa"
+        if backend == "varlen":
+            reason = varlen_obstacle(x, x.shape[-1] // self.num_heads)
+            if reason is not None:
+                if self.backend == "varlen":
+                    _warn_once(f"attn_backend='varlen' {reason}: attention takes 'sdpa' here")
+                backend = "sdpa"
+        if backend == "sdpa":
+            return Packing(backend)
+        longest = max(tokens for _, tokens in shapes)
+        mask = _block_diagonal_mask(shapes, x.device) if backend == "xformers" else None
+        starts = sequence_starts(shapes, x.device) if backend == "varlen" else None
+        return Packing(backend, starts, longest, mask)
 
 
 def attend_per_entry(entries: list[QueryKeyValue]) -> Tensor:
@@ -115,21 +165,105 @@ def attend_per_entry(entries: list[QueryKeyValue]) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def attend_block_diagonal(entries: list[QueryKeyValue]) -> Tensor:
-    """One xformers call for all entries; returns packed tokens (sum of images * tokens, D)."""
+def attend_packed(entries: list[QueryKeyValue], packing: Packing) -> Tensor:
+    """One call for all entries; returns packed tokens (sum of images * tokens, D)."""
+    query, key, value = (
+        torch.cat([t.transpose(1, 2).flatten(0, 1) for t in parts]) for parts in zip(*entries)
+    )  # (tokens of all images, heads, head_dims)
+    if packing.backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds = (packing.starts, packing.starts, packing.longest, packing.longest)
+        return varlen_attn(query, key, value, *bounds).flatten(1)
     from xformers.ops import memory_efficient_attention
 
-    shapes = tuple((query.shape[0], query.shape[2]) for query, _, _ in entries)
-    packed = [
-        torch.cat([t.transpose(1, 2).flatten(0, 1) for t in parts])[None] for parts in zip(*entries)
-    ]  # (1, tokens of all images, heads, head_dims)
-    mask = _block_diagonal_mask(shapes, packed[0].device)
-    return memory_efficient_attention(*packed, attn_bias=mask)[0].flatten(1)
+    packed = (t[None] for t in (query, key, value))
+    return memory_efficient_attention(*packed, attn_bias=packing.mask)[0].flatten(1)
 
 
-@lru_cache(maxsize=8)
-def _block_diagonal_mask(shapes: tuple[SequenceShape, ...], device: torch.device) -> Any:
-    """The mask of all blocks and steps with the same shapes: building one copies to the device."""
+def sequence_starts(shapes: list[SequenceShape], device: torch.device) -> Tensor:
+    """First token of every image of a packed batch, and the end: (images + 1,) int32.
+
+    Counted on the device: nothing is copied to it.
+    """
+    parts, first = [], 0
+    for images, tokens in shapes:
+        end = first + images * tokens
+        parts.append(torch.arange(first, end, tokens, dtype=torch.int32, device=device))
+        first = end
+    parts.append(torch.full((1,), first, dtype=torch.int32, device=device))
+    return torch.cat(parts)
+
+
+def varlen_obstacle(x: Tensor, head_dims: int) -> str | None:
+    """Why torch's variable-length attention cannot run for ``x`` (tokens, D); None if it can."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"needs a newer torch than {torch.__version__} (2.10 has it)"
+    if not x.is_cuda:
+        return f"needs a CUDA device, and the tokens are on {x.device.type}"
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, and attention runs in {dtype}"
+    if head_dims % 8 or head_dims > 256:
+        return f"needs heads of 8, 16, ... or 256 channels, and these have {head_dims}"
+    if _is_present(x.device.index or 0):  # fake tensors have no GPU
+        major, minor = torch.cuda.get_device_capability(x.device)
+        if major < 8:
+            return f"needs compute capability 8.0, and {x.device} has {major}.{minor}"
+    return None
+
+
+@lru_cache(maxsize=16)
+def fastest_backend(device_index: int) -> str:
+    """What 'auto' takes for several entries on a GPU.
+
+    The backend that ``benchmarks/attention_backends.py --record`` found the fastest on a GPU of
+    this name with this torch. Where nothing was measured: xformers if it is installed, else 'sdpa'.
+    """
+    usual = "xformers" if _has_xformers() else "sdpa"
+    if not _is_present(device_index):
+        return usual
+    found = read_record().get(torch.cuda.get_device_name(device_index), {})
+    fastest = found.get("fastest")
+    if found.get("torch") != str(torch.__version__) or fastest not in ATTN_BACKENDS[1:]:
+        return usual
+    return usual if fastest == "xformers" and not _has_xformers() else fastest
+
+
+def _has_xformers() -> bool:
+    return importlib.util.find_spec("xformers") is not None
+
+
+def _is_present(device_index: int) -> bool:
+    return torch.cuda.device_count() > device_index
+
+
+def record_path() -> Path:
+    """File of measured backends: that of the variable ``DINOV3_MM_ATTENTION``, or of the user."""
+    return Path(os.environ.get(RECORD_VARIABLE) or DEFAULT_RECORD).expanduser()
+
+
+def read_record() -> dict[str, dict[str, Any]]:
+    """Measured backends by name of the GPU; empty where nothing was measured."""
+    path = record_path()
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, OSError) as error:
+        warnings.warn(f"{path} is not read: {error}; measure again to replace it", stacklevel=2)
+        return {}
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def _block_diagonal_mask(shapes: list[SequenceShape], device: torch.device) -> Any:
+    """The mask of 'xformers', whose making copies to the device."""
     from xformers.ops import fmha
 
     lengths = [tokens for images, tokens in shapes for _ in range(images)]

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import SelfAttention
+from .attention import Packing, SelfAttention
 from .feed_forward import build_ffn
 from .norm import build_norm
+from .recompute import run_recomputed
 from .rope import RopeTables
 from .rotation import SequenceShape
 
@@ -41,19 +42,51 @@ class ImageSubset(NamedTuple):
     scales: list[float]
 
 
+def count_kept(shapes: list[SequenceShape], drop_rate: float) -> list[SequenceShape]:
+    """(images, tokens) of each entry that take part in a residual branch.
+
+    Of B images, ``max(int(B * (1 - drop_rate)), 1)``.
+    """
+    return [(max(int(images * (1 - drop_rate)), 1), tokens) for images, tokens in shapes]
+
+
 def draw_subset(shapes: list[SequenceShape], drop_rate: float, device: torch.device) -> ImageSubset:
     """Draw the images that keep a residual branch; one permutation per entry.
 
     Of B images, ``max(int(B * (1 - drop_rate)), 1)`` are kept and their residual is scaled by
     B / kept. Unlike per-sample dropping, the dropped part is never computed.
     """
-    indices, kept_shapes, scales = [], [], []
-    for images, tokens in shapes:
-        kept = max(int(images * (1 - drop_rate)), 1)
-        indices.append(torch.randperm(images, device=device)[:kept])
-        kept_shapes.append((kept, tokens))
-        scales.append(images / kept)
-    return ImageSubset(indices, kept_shapes, scales)
+    kept = count_kept(shapes, drop_rate)
+    indices = [
+        torch.randperm(images, device=device)[:count]
+        for (images, _), (count, _) in zip(shapes, kept)
+    ]
+    return _subset(indices, shapes, kept)
+
+
+def draw_subsets(
+    shapes: list[SequenceShape], drop_rate: float, device: torch.device, count: int
+) -> list[ImageSubset]:
+    """Draw as many subsets as :func:`draw_subset` would in ``count`` calls, in one.
+
+    The ranks of independent uniform numbers are a uniform permutation. One tensor of random numbers
+    and a sort for each entry take the place of a permutation, which is a few kernels on a GPU, for
+    every branch of every block.
+    """
+    kept = count_kept(shapes, drop_rate)
+    total = sum(images for images, _ in shapes)
+    # Of 64 bits: equal numbers, whose order would not be random, do not occur in practice.
+    keys = torch.empty(count, total, dtype=torch.int64, device=device).random_()
+    parts = keys.split([images for images, _ in shapes], dim=1)
+    orders = [part.argsort(dim=1)[:, :number] for part, (number, _) in zip(parts, kept)]
+    return [_subset(list(indices), shapes, kept) for indices in zip(*orders)]
+
+
+def _subset(
+    indices: list[Tensor], shapes: list[SequenceShape], kept: list[SequenceShape]
+) -> ImageSubset:
+    scales = [images / count for (images, _), (count, _) in zip(shapes, kept)]
+    return ImageSubset(indices, kept, scales)
 
 
 class Block(nn.Module):
@@ -65,6 +98,7 @@ class Block(nn.Module):
         qkv_bias, mask_k_bias, proj_bias, attn_backend: see :class:`SelfAttention`.
         layer_scale_init_value: 0 leaves LayerScale out.
         norm_layer: see :func:`build_norm`.
+        with_cp: one of ``recompute.MODES``: what the backward pass computes again.
     """
 
     def __init__(
@@ -81,8 +115,10 @@ class Block(nn.Module):
         layer_scale_init_value: float = 0.0,
         norm_layer: str = "layernorm",
         attn_backend: str = "auto",
+        with_cp: bool | str = False,
     ) -> None:
         super().__init__()
+        self.with_cp = with_cp
 
         def layer_scale() -> nn.Module:
             if not layer_scale_init_value:
@@ -110,6 +146,7 @@ class Block(nn.Module):
         tables: list[RopeTables] | None,
         attn_subset: ImageSubset | None = None,
         ffn_subset: ImageSubset | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -118,12 +155,30 @@ class Block(nn.Module):
             shapes: (images, tokens) of each packed entry.
             tables: RoPE sine and cosine of each entry; None without RoPE.
             attn_subset, ffn_subset: images that take part in each branch; None means all.
+            packing: of the images that attend, see :meth:`SelfAttention.pack`; None makes one.
         """
+        inputs = (x, shapes, tables, attn_subset, ffn_subset, packing)
+        if self.with_cp and torch.is_grad_enabled():
+            # Within the block, so that a compiler of the block sees what is to be kept.
+            return run_recomputed(self.with_cp, self._add_branches, *inputs)
+        return self._add_branches(*inputs)
+
+    def _add_branches(
+        self,
+        x: Tensor,
+        shapes: list[SequenceShape],
+        tables: list[RopeTables] | None,
+        attn_subset: ImageSubset | None,
+        ffn_subset: ImageSubset | None,
+        packing: Packing | None,
+    ) -> Tensor:
         if attn_subset is None:
-            x = _add_residual(x, self.attn(self.norm1(x), shapes, tables), self.ls1)
+            branch = self.attn(self.norm1(x), shapes, tables, packing)
+            x = _add_residual(x, branch, self.ls1)
         else:
             kept = _gather(x, shapes, attn_subset)
-            branch = self.ls1(self.attn(self.norm1(kept), attn_subset.shapes, tables))
+            branch = self.attn(self.norm1(kept), attn_subset.shapes, tables, packing)
+            branch = self.ls1(branch)
             x = _add_to_subset(x, branch, shapes, attn_subset)
         if ffn_subset is None:
             return _add_residual(x, self.mlp(self.norm2(x)), self.ls2)

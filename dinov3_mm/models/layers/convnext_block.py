@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .linear import Linear
 from .norm import LayerNorm
+from .recompute import run_recomputed
 
 # Inference on the CPU runs as many positions at a time as keep the hidden layer within this many
 # bytes: it stays in the cache, and its buffer is kept by the allocator. Buffers of 32 MiB and more
@@ -57,12 +58,19 @@ class ConvNeXtBlock(nn.Module):
         dims: width C; the hidden width is 4 C.
         layer_scale_init_value: initial ``gamma``; 0 leaves it out.
         drop_rate: probability that an image skips the residual branch in training.
+        with_cp: one of ``recompute.MODES``: what the backward pass computes again.
     """
 
     def __init__(
-        self, dims: int, *, layer_scale_init_value: float = 0.0, drop_rate: float = 0.0
+        self,
+        dims: int,
+        *,
+        layer_scale_init_value: float = 0.0,
+        drop_rate: float = 0.0,
+        with_cp: bool | str = False,
     ) -> None:
         super().__init__()
+        self.with_cp = with_cp
         self.drop_rate = drop_rate
         self.init_value = layer_scale_init_value
         # Registration order is the key order of the official files.
@@ -83,6 +91,12 @@ class ConvNeXtBlock(nn.Module):
             x: map (B, H, W, C).
             scale: factor on the residual of each image (B, 1, 1, 1), see :meth:`draw_scale`.
         """
+        if self.with_cp and torch.is_grad_enabled():
+            # Within the block, so that a compiler of the block sees what is to be kept.
+            return run_recomputed(self.with_cp, self._add_branch, x, scale)
+        return self._add_branch(x, scale)
+
+    def _add_branch(self, x: Tensor, scale: Tensor | None) -> Tensor:
         branch = self.dwconv(x)
         rows = self._max_chunk_rows(x)
         if rows is None:

@@ -25,12 +25,23 @@ _KEPT = frozenset(
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
+        "_flash_attention_forward",
+        "_efficient_attention_forward",
     )
+)
+# Operators of torch's variable-length attention and of xformers, which register when imported.
+_KEPT_NAMES = (
+    "torch_attn::_varlen_attn",
+    "xformers_flash::flash_fwd",
+    "xformers_flash3::flash_fwd",
 )
 
 
 def run_recomputed(mode: bool | str, function, *inputs):
     """Run ``function(*inputs)`` and recompute its activations in the backward pass.
+
+    To be called within what is compiled: the compiler then knows what is to be kept, and plans the
+    backward pass accordingly. Around compiled code it would see that code's own operators.
 
     Args:
         mode: True keeps the inputs only; 'selective' also keeps the results of matrix products and
@@ -52,6 +63,6 @@ def check_mode(mode: bool | str) -> bool | str:
 
 
 def _policy(_context, operator, *_args, **_kwargs) -> CheckpointPolicy:
-    if operator in _KEPT:
+    if operator in _KEPT or operator.name() in _KEPT_NAMES:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

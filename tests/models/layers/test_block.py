@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from dinov3_mm.models.layers import Block, ImageSubset, RotaryEmbedding2D, draw_subset
+from dinov3_mm.models.layers import (
+    Block,
+    ImageSubset,
+    RotaryEmbedding2D,
+    draw_subset,
+    draw_subsets,
+)
 from tests.golden import assert_parity
 
 SHAPES, GRIDS = [(5, 5), (3, 8)], [(2, 2), (1, 7)]
@@ -25,6 +31,30 @@ def test_number_of_kept_images(images, rate, kept):
     subset = draw_subset([(images, 7)], rate, torch.device("cpu"))
     assert subset.shapes == [(kept, 7)] and subset.scales == [images / kept]
     assert len(set(subset.indices[0].tolist())) == kept
+
+
+def test_one_draw_gives_every_branch_subsets_of_its_own():
+    """Each image is kept as often as any other, within five standard deviations."""
+    count, shapes = 4000, [(10, 3), (4, 7), (1, 2)]
+    subsets = draw_subsets(shapes, 0.3, torch.device("cpu"), count)
+    one = draw_subset(shapes, 0.3, torch.device("cpu"))
+    assert len(subsets) == count
+    for entry, (images, _) in enumerate(shapes):
+        kept = one.shapes[entry][0]
+        frequency = torch.zeros(images)
+        for subset in subsets:
+            assert (subset.shapes, subset.scales) == (one.shapes, one.scales)
+            index = subset.indices[entry]
+            assert index.dtype == torch.int64 and len(set(index.tolist())) == len(index) == kept
+            frequency[index] += 1
+        share = kept / images
+        deviation = 5 * (count * share * (1 - share)) ** 0.5
+        assert (frequency - count * share).abs().max() <= deviation
+    # Branches are independent: neighbours agree on an image as often as chance has it.
+    kept = torch.zeros(count, 10)
+    kept.scatter_(1, torch.stack([subset.indices[0] for subset in subsets]), 1)
+    both = (kept[1:] * kept[:-1]).mean()
+    assert abs(both - 0.49) < 0.02
 
 
 def test_subset_equals_masked_residuals():
