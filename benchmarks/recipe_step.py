@@ -31,18 +31,23 @@ from dinov3_mm.engine import apply_options, parse_options
 from dinov3_mm.engine.config import fill_defaults
 from dinov3_mm.engine.networks import compile_units, networks_of
 from dinov3_mm.models.layers.fp8 import enable_fp8
+from dinov3_mm.models.losses import compile_losses
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = {
     "plain": {},
     "xformers": {"attn_backend": "xformers"},
+    "varlen": {"attn_backend": "varlen"},
     "compile": {"compile": True},
+    "compile-plain-losses": {"compile": True, "losses": False},
     "compile-xformers": {"compile": True, "attn_backend": "xformers"},
+    "compile-varlen": {"compile": True, "attn_backend": "varlen"},
     "compile-chunked": {"compile": True, "prototype_chunk_size": 16384},
     "compile-fp8": {"compile": True, "fp8": True},
     "selective": {"with_cp": "selective"},
     "recompute": {"with_cp": True},
     "compile-selective": {"compile": True, "with_cp": "selective"},
+    "compile-recompute": {"compile": True, "with_cp": True},
 }
 
 
@@ -72,6 +77,7 @@ def run_variant(name: str, arguments: argparse.Namespace) -> dict:
             enable_fp8(network.backbone)
     if variant.get("compile"):
         compile_units(trainer.model)
+        compile_losses(variant.get("losses", True))
     for index in range(5):
         trainer.step(batches[index % 2])
     if trainer.device.type == "cuda":
