@@ -95,7 +95,8 @@ def xformers(monkeypatch):
             return mask
 
     def memory_efficient_attention(q, k, v, attn_bias):
-        calls.append(q.shape)
+        if not torch.compiler.is_compiling():
+            calls.append(q.shape)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_bias.dense).transpose(1, 2)
 
@@ -228,7 +229,7 @@ def test_the_mask_of_xformers_is_no_part_of_a_compiled_block(xformers, mode):
     packing = block.attn.pack(x, SHAPES)
     graphs = _compile_to_graphs(block)
     block(x, SHAPES, _tables(), packing=packing).sum().backward()
-    assert xformers == [(1, NUM_TOKENS, 2, 16)]
+    assert sum(n for name, n in _calls(graphs[0]).items() if "attention" in name) == 1
     made = {"aten.ones.default", "aten.full.default", "aten.block_diag.default"}
     assert not _constants(graphs[0]) and not made & _calls(graphs[0]).keys()
 

@@ -138,8 +138,10 @@ def test_compiled_blocks_keep_what_the_others_keep(name):
         _, expected, _ = _run_block(name, mode, compiled=False)
         values, kept, ran = _run_block(name, mode, compiled=True)
         # With the input alone the compiler keeps some vectors too, which it finds cheaper.
-        share = expected if mode == "selective" else everything
-        assert abs(kept - expected) <= 0.02 * share, (mode, kept, expected, everything)
+        slack = 0.02 * (expected if mode == "selective" else everything)
+        # Its map, once more in the layout that the compiled convolution wants.
+        slack += values[1].nbytes if name == "convnext" else 0
+        assert abs(kept - expected) <= slack, (mode, kept, expected, everything)
         for actual, reference in zip(values, plain, strict=True):
             torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5)
         if mode == "selective":
