@@ -27,8 +27,8 @@ from tests.gpu_check.training import (
     worst_loss,
 )
 
-# Losses and gradients of compiled blocks against eager ones. In bf16 these round more often: on a CPU
-# 4e-3 in the losses of three steps and 2e-2 in the gradients of the quickstart's model.
+# Losses and gradients of compiled blocks against eager ones, which round more often in bf16: on a
+# CPU 4e-3 in the losses of three steps and 2e-2 in the gradients of the quickstart's model.
 STEP_BARS = {"fp32": (LOSS_BAR, GRADIENT_BAR), "bf16": (1e-2, 5e-2)}
 # Kept bytes of compiled blocks against those of eager ones, recomputed by the same policy. On a GPU
 # autocast's copies of the weights are a twelfth of them, and one of the two may make them anew.
