@@ -118,11 +118,13 @@ def _packed(
     x = x.to(check.device, dtype).requires_grad_()
     tables = [tuple(half.to(check.device) for half in table) for table in tables]
     with torch.autocast(check.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        # Made outside of what is compiled, as the backbone does.
-        packing = layer.pack(x, shapes)
-        if packing.backend != layer.backend:
-            raise Skip(f"{layer.backend} does not run here in {dtype}")
-        output = (torch.compile(layer) if compiled else layer)(x, shapes, tables, packing)
+        arguments = [x, shapes, tables]
+        if hasattr(layer, "pack"):  # made outside of what is compiled, as the backbone does
+            packing = layer.pack(x, shapes)
+            if packing.backend != layer.backend:
+                raise Skip(f"{layer.backend} does not run here in {dtype}")
+            arguments.append(packing)
+        output = (torch.compile(layer) if compiled else layer)(*arguments)
     (grad,) = torch.autograd.grad(output, x, weight.to(check.device, output.dtype))
     return {"output": output.detach(), "gradient": grad}
 
