@@ -20,8 +20,10 @@ _EXTENSIONS = (
     *(".gif", ".jfif", ".jpe", ".mpo", ".apng", ".dib", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
 _OPTIONAL = {".avif": "avif", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}
+# An older PIL warns of features that it does not know of.
+_FEATURES = {*features.modules, *features.codecs}
 IMAGE_EXTENSIONS = _EXTENSIONS + tuple(
-    extension for extension, feature in _OPTIONAL.items() if features.check(feature)
+    extension for extension, name in _OPTIONAL.items() if name in _FEATURES and features.check(name)
 )
 # Images too, but not for this decoder, unless a plug-in of PIL reads them.
 _FOREIGN_EXTENSIONS = (
@@ -90,7 +92,7 @@ class LeftOut:
             parts.append(_described(self.hidden, "hidden"))
         if self.repeated[0]:
             parts.append(_described(self.repeated, "reached twice"))
-        undecodable = [e for e in order if e in _FOREIGN_EXTENSIONS]
+        undecodable = [e for e in order if _is_foreign(e)]
         advice = ""
         if undecodable:
             advice = f". {', '.join(undecodable)} cannot be decoded: store them as JPEG or PNG"
@@ -99,7 +101,7 @@ class LeftOut:
     def report(self, folder: str, found: int) -> None:
         """Say what was left out, if anything was."""
         if self:
-            foreign = any(ending in _FOREIGN_EXTENSIONS for ending in self.endings)
+            foreign = any(map(_is_foreign, self.endings))
             level = logging.WARNING if foreign else logging.INFO
             print_log(f"{folder}: {found} files; {self}", logger="current", level=level)
 
@@ -223,6 +225,10 @@ def _list_folder(
 def _is_file(entry: os.DirEntry) -> bool:
     """Whether it can be read as a file; a link to nothing is one that cannot, and is named then."""
     return entry.is_file() or entry.is_symlink()
+
+
+def _is_foreign(ending: str) -> bool:
+    return ending in _FOREIGN_EXTENSIONS and ending not in IMAGE_EXTENSIONS
 
 
 def _count(entry: list, path: str) -> None:

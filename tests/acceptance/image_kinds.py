@@ -431,7 +431,7 @@ def print_left_out(folder: Path) -> None:
 
 def main() -> int:
     """Print the table; the number of wrong cells."""
-    wrong, messages = 0, {}
+    wrong, messages, counts = 0, {}, {}
     columns = "  ".join(ROUTES)
     print(f"{'kind':32}  {columns}")
     with tempfile.TemporaryDirectory() as folder:
@@ -443,6 +443,7 @@ def main() -> int:
                 wrong += not right
                 text = "-" if cell == Cell(None, "") else "refused"
                 text = text if cell.difference is None else str(cell.difference)
+                counts[text] = counts.get(text, 0) + 1
                 cells.append((text if right else f"!{text}").center(len(name)))
                 if cell.message:
                     messages.setdefault((kind.name, cell.message), name)
@@ -453,7 +454,7 @@ def main() -> int:
     print("\nLeft out, and refused lists:")
     with tempfile.TemporaryDirectory() as folder:
         print_left_out(Path(folder))
-    print(f"\n{wrong} wrong cells")
+    print(f"\n{wrong} wrong cells; {counts.pop('-', 0)} without a PIL image; the others: {counts}")
     return wrong
 
 

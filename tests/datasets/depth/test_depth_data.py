@@ -19,6 +19,7 @@ from dinov3_mm.datasets.depth import (
     ResizeImageOnly,
 )
 from dinov3_mm.datasets.depth.loading import read_depth_map
+from dinov3_mm.datasets.images import BrokenImageError
 from tests.golden import assert_parity, load_golden
 
 
@@ -109,10 +110,10 @@ def test_values_that_stand_for_nothing(tmp_path):
 
 
 def test_files_that_are_no_depth_maps(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no depth map at"):
+    with pytest.raises(BrokenImageError, match="No such file"):
         read_depth_map(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="no readable image"):
+    with pytest.raises(BrokenImageError, match="cannot identify image file"):
         read_depth_map(tmp_path / "a.png")
     with pytest.raises(ValueError, match="a colour picture of depth"):
         read_depth_map(write_map(tmp_path / "b.png", np.zeros((2, 2, 3)), np.uint8))
