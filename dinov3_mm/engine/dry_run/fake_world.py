@@ -3,9 +3,14 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
@@ -39,3 +44,45 @@ def fake_tensors() -> FakeTensorMode:
     """Mode in which every tensor has a shape, a dtype and a device, but no storage."""
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.ERROR)
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def fake_ddp() -> Iterator[None]:
+    """Context in which torch's DDP can be built of tensors without storage in a fake process group.
+
+    What reads values is left out: the comparison of parameters over ranks, their first broadcast
+    and the exchange of bucket sizes.
+    """
+    wrap = DistributedDataParallel.__init__
+
+    def wrap_fake(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
+        wrap(self, *args, **{**kwargs, "init_sync": False})
+        self.register_comm_hook(None, all_reduce_bucket)
+        self.reducer = _FixedBuckets(self.reducer)
+
+    with (
+        patch.object(DistributedDataParallel, "__init__", wrap_fake),
+        patch.object(ddp, "_verify_param_shape_across_processes", lambda *_: None),
+    ):
+        yield
+
+
+def all_reduce_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's own all-reduce; a fake process group has no future of it."""
+    dist.all_reduce(bucket.buffer())
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+class _FixedBuckets:
+    """DDP's reducer, without the exchange of bucket sizes, which reads values."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False

@@ -185,15 +185,23 @@ def _allocate_moments(optimizer: Optimizer, stored: Mapping) -> dict[str, Tensor
     missing = {name for name in params.keys() - moments.keys() if name.split(".")[0] in begun}
     if missing or moments.keys() - params.keys():
         refuse_mismatch(missing, moments.keys() - params.keys(), [])
+    # As torch's own loading does: kernels that step on the device read counts there, others do not.
+    on_device = {
+        name
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+        if group.get("fused") or group.get("capturable")
+    }
     for name, keys in moments.items():
         param = params[name]
+        counts_on = param.device if name in on_device else torch.device("cpu")
         for key in keys:
             entry = stored[f"optimizer.{name}.{key}"]
             same_shape = tuple(entry.size) == tuple(param.shape)
             optimizer.state[param][key] = (
                 torch.zeros_like(param, requires_grad=False)
                 if same_shape
-                else torch.zeros(entry.size, dtype=entry.properties.dtype)
+                else torch.zeros(entry.size, dtype=entry.properties.dtype, device=counts_on)
             )
     return _optimizer_tensors(optimizer)
 
