@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from dinov3_mm.engine.dry_run.batches import crop_sets, make_batch
 from dinov3_mm.engine.dry_run.fake_cuda import CUDA, fake_cuda
-from dinov3_mm.engine.dry_run.fake_world import fake_ddp, fake_ranks
+from dinov3_mm.engine.dry_run.fake_world import fake_device, fake_ranks
 from dinov3_mm.engine.dry_run.settle import needs_process_group, settle_config
 from dinov3_mm.engine.fsdp2 import strategy as fsdp2_strategy
 from dinov3_mm.engine.runner.sharded_state import load_sharded_state, save_sharded_state
@@ -78,7 +78,7 @@ def test_the_first_step_of_a_strategy(kind, world_size, tmp_path, monkeypatch):
         model = strategy.build_model(dict(cfg.model))
         # Reads values, of which there are none.
         monkeypatch.setattr(fsdp2_strategy, "check_initialised", lambda model: None)
-        with fake_cuda(), fake_ddp():
+        with fake_device(on_gpu=True):
             strategy.prepare(
                 model, optim_wrapper=cfg.optim_wrapper, dispatch_kwargs=dict(max_iters=9)
             )

@@ -1,16 +1,16 @@
 """A GPU that is not there: fake CUDA tensors that go through whole training steps on a CPU.
 
-``FakeTensorMode`` knows CUDA: such tensors have the dispatch keys of CUDA (so its autocast rules and
-its autograd keys), a device that every operator checks, and ``is_cuda``. Three things keep them from
-a training step on a machine without a driver, and each is answered here; the package is left alone.
+``FakeTensorMode`` knows CUDA: such tensors have the dispatch keys of CUDA (so its autocast rules),
+a device that every operator checks, and ``is_cuda``. Three things keep them from a training step on
+a machine without a driver, and each is answered here; the package is left alone.
 
-- Autograd's engine keeps streams for the devices of its nodes and asks the driver for them. It reads
-  the device through C++ only. So C++ is told 'meta', which the engine runs on the calling thread,
-  and Python the CUDA device. Autocast reads the device through C++ as well, to see whether a tensor
-  is eligible: while it asks, and only then, C++ too is told CUDA.
+- Autograd's engine asks the driver for the streams of its nodes' devices. It reads a device through
+  C++ only. So C++ is told 'meta', which the engine runs on the calling thread, and Python CUDA.
+  Autocast reads the device through C++ as well, to see whether a tensor is eligible: while it asks,
+  and only then, C++ is told CUDA too.
 - ``torch.cuda`` asks the driver. Its functions that training and FSDP2 call answer for one GPU.
-- Which kernel attention takes is the driver's choice too (by compute capability): the flash kernel
-  for half precision, the memory-efficient one for float32, as on every GPU since Ampere.
+- Which kernel attention takes is the driver's choice (by compute capability): here the flash kernel
+  for 16 bits and the memory-efficient one for float32, as on every GPU since Ampere.
 
 What this cannot see is what a kernel itself refuses while it runs on a GPU.
 """
@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     FakeTensor,
@@ -140,6 +141,8 @@ class _Calls(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, OpOverload):
+            return func(*args, **kwargs)  # from within an operator: other modes call on
         if func is F.scaled_dot_product_attention and args[0].is_cuda:
             func = _attention
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -70,7 +70,7 @@ def save_sharded_state(
         partial.mkdir(parents=True)
         write_training_state(partial / STATE_FILE, state)
     barrier()
-    tensors = {**_model_tensors(model), **_optimizer_tensors(optimizer)}
+    tensors = {**_model_tensors(model), **optimizer_tensors(optimizer)}
     if background_group is not None:
         return dcp.async_save(tensors, checkpoint_id=str(partial), process_group=background_group)
     dcp.save(tensors, checkpoint_id=str(partial), no_dist=not dist.is_initialized())
@@ -141,7 +141,7 @@ def load_sharded_state(
         if name.split(".")[1] not in absent
     }
     if optimizer is not None:
-        tensors.update(_allocate_moments(optimizer, stored))
+        tensors.update(allocate_moments(optimizer, stored))
     if callback is not None:
         callback(state)
     with warnings.catch_warnings():
@@ -164,7 +164,8 @@ def _named_params(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer by the names that it has in a checkpoint."""
     return {
         f"optimizer.{name}.{key}": value
         for name, param in _named_params(optimizer).items()
@@ -172,7 +173,7 @@ def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _allocate_moments(optimizer: Optimizer, stored: Mapping) -> dict[str, Tensor]:
+def allocate_moments(optimizer: Optimizer, stored: Mapping) -> dict[str, Tensor]:
     """Optimizer state for every stored moment, in the shards of its parameter."""
     moments: dict[str, list[str]] = {}
     for name in stored:
@@ -203,7 +204,7 @@ def _allocate_moments(optimizer: Optimizer, stored: Mapping) -> dict[str, Tensor
                 if same_shape
                 else torch.zeros(entry.size, dtype=entry.properties.dtype, device=counts_on)
             )
-    return _optimizer_tensors(optimizer)
+    return optimizer_tensors(optimizer)
 
 
 def _check_model(model: nn.Module, stored: Mapping) -> tuple[str, ...]:
