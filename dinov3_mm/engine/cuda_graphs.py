@@ -40,6 +40,13 @@ def check_settings(cfg: Mapping) -> None:
 
 def _conflicts(cfg: Mapping) -> Iterator[str]:
     strategy, model = cfg["strategy"], cfg.get("model") or {}
+    kind = strategy.get("type")
+    if (kind if isinstance(kind, str) else getattr(kind, "__name__", "")) == "FSDP2Strategy":
+        yield (
+            "FSDP2Strategy, which gathers the parameters of a block into other memory in each "
+            "pass, while a graph reads them where they lay when it was recorded "
+            "(PretrainDDPStrategy keeps them in place)"
+        )
     if not strategy.get("compile_blocks"):
         yield "compile_blocks=False: the graphs are those of compiled blocks"
     students = model.get("students") or {}

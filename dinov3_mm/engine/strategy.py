@@ -48,7 +48,7 @@ class PretrainStrategy(SingleDeviceStrategy):
             and a C compiler are there. Defaults to False.
         cuda_graphs (bool): Replay the compiled blocks as CUDA graphs, which saves the launch of
             kernels where blocks are small. Needs a CUDA device, ``compile_blocks``, crops of one
-            set of sizes, one micro batch per step and no recomputation.
+            set of sizes, one micro batch per step, no recomputation and no ``FSDP2Strategy``.
         fp8_filter (str, optional): Regular expression for the paths of the backbones' linear layers
             that multiply in float8, e.g. ``'blocks'``. Defaults to None: none.
         load_optimizer (bool): ``load_from`` also takes the optimizer's moments, for a stage that

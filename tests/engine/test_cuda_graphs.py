@@ -36,6 +36,8 @@ SETS = [
         ("model.backbone.with_cp", True, "model.backbone.with_cp=True"),
         ("model.backbone.with_cp", "selective", "with_cp='selective'"),
         ("train_cfg.accumulate", 2, "train_cfg.accumulate=2"),
+        ("strategy.type", "FSDP2Strategy", "FSDP2Strategy, which gathers"),
+        ("strategy.type", FSDP2Strategy, "FSDP2Strategy, which gathers"),
         ("model.students", dict(a=dict(), b=dict()), "several students"),
         (
             "train_dataloader.transform",

@@ -37,7 +37,7 @@ _PURPOSES = {
     "pretraining/groups": "crops and features of all ranks",
     "optim/wrapper": "gradient norm",
     "_fsdp_collectives": "parameters and gradients (FSDP2)",
-    "dry_run/model": "gradients (DDP)",
+    "dry_run/fake_world": "gradients (DDP)",
     "pretraining/diagnostics": "diagnosis",
 }
 

@@ -2,11 +2,20 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dinov3_mm.engine.optim import wrapper
+
+from .fake_cuda import fake_cuda
 
 
 @contextmanager
@@ -35,7 +44,69 @@ def fake_ranks(world_size: int | None, rank: int = 0) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def fake_tensors() -> FakeTensorMode:
-    """Mode in which every tensor has a shape, a dtype and a device, but no storage."""
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.ERROR)
-    return FakeTensorMode(allow_non_fake_inputs=True)
+@contextmanager
+def fake_device(on_gpu: bool) -> Iterator[None]:
+    """Context of tensors without storage on a machine with one GPU and NCCL, or with none.
+
+    Compiled functions run as they are written. On the CPU nothing looks at a value either, which
+    costs nothing there and is done where a GPU would not wait for it.
+    """
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if dist.is_initialized():
+            stack.enter_context(_fake_ddp())
+        if not on_gpu:
+            stack.enter_context(
+                patch.object(wrapper, "_is_known_to_fit", lambda norm, limit: False)
+            )
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        else:
+            if dist.is_initialized():
+                # Decides how the gradient of a gathered tensor is reduced.
+                nccl = dist.Backend.NCCL
+                stack.enter_context(patch.object(dist, "get_backend", lambda group=None: nccl))
+            stack.enter_context(fake_cuda())
+        yield
+
+
+@contextmanager
+def _fake_ddp() -> Iterator[None]:
+    """Context in which torch's DDP can be built of tensors without storage in a fake process group.
+
+    What reads values is left out: the comparison of parameters over ranks, their first broadcast
+    and the exchange of bucket sizes.
+    """
+    wrap = DistributedDataParallel.__init__
+
+    def wrap_fake(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
+        wrap(self, *args, **{**kwargs, "init_sync": False})
+        self.register_comm_hook(None, _all_reduce_bucket)
+        self.reducer = _FixedBuckets(self.reducer)
+
+    with (
+        patch.object(DistributedDataParallel, "__init__", wrap_fake),
+        patch.object(ddp, "_verify_param_shape_across_processes", lambda *_: None),
+    ):
+        yield
+
+
+def _all_reduce_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's own all-reduce; a fake process group has no future of it."""
+    dist.all_reduce(bucket.buffer())
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+class _FixedBuckets:
+    """DDP's reducer, without the exchange of bucket sizes, which reads values."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False

@@ -58,10 +58,14 @@ class MemoryLedger(TorchDispatchMode):
 
     Works on fake tensors as on real ones. What an operator allocates and frees within itself is not
     seen, nor what an allocator rounds up, caches or fragments.
+
+    Attributes:
+        device: only tensors of this device type are booked; None books all.
     """
 
     events: list[tuple[Block, int, str]] = field(default_factory=list)
     phase: str = ""
+    device: str | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -72,7 +76,7 @@ class MemoryLedger(TorchDispatchMode):
         if not self.phase.startswith("forward") and _is_shape_inference():
             return out
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if self._counts(tensor):
                 self._book(_local(tensor).untyped_storage(), self._kind_now())
         if func.namespace in _COMMUNICATION:
             self.tell(GATHERED, tree_leaves((args, out)), over=(ACTIVATIONS, BACKWARD, OTHER))
@@ -81,7 +85,7 @@ class MemoryLedger(TorchDispatchMode):
     def tell(self, kind: str, tensors: Iterable, over: tuple[str, ...] | None = None) -> None:
         """Say what ``tensors`` hold; with ``over`` only of those that were of these kinds."""
         for tensor in tensors:
-            if isinstance(tensor, Tensor):
+            if self._counts(tensor):
                 block = self._book(_local(tensor).untyped_storage(), kind)
                 if over is None or block.kind in over:
                     block.kind = kind
@@ -127,6 +131,11 @@ class MemoryLedger(TorchDispatchMode):
         for block, change, _ in self.events[: best_index + 1]:
             sizes[block.kind] += change
         return Peak(best, {kind: size for kind, size in sizes.items() if size}, phase)
+
+    def _counts(self, value: object) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        return self.device in (None, _local(value).device.type)
 
     def _kind_now(self) -> str:
         if torch._C._current_graph_task_id() != -1:

@@ -1,31 +1,33 @@
-"""The algorithm without storage, wrapped as its strategy would wrap it."""
+"""The algorithm without storage, and the strategy of its config, which wraps it as in a run."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+import logging
+import tempfile
+from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
+from mmengine._strategy import base
 from mmengine.config import Config
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper
-from mmengine.optim import OptimWrapperDict, build_optim_wrapper
-from mmengine.registry import MODELS
-from torch import nn
+from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
+from mmengine.registry import MODELS, STRATEGIES
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.checkpoint import metadata
+from torch.utils._pytree import tree_map_only
 
 from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.fsdp2.accumulation import GradientReduction
-from dinov3_mm.engine.fsdp2.alignment import check_alignment
+from dinov3_mm.engine.cuda_graphs import check_settings
 from dinov3_mm.engine.fsdp2.initialisation import materialise
-from dinov3_mm.engine.fsdp2.sharding import ShardingPolicy, build_mesh, shard_model
 from dinov3_mm.engine.networks import backbones_of, networks_of
 from dinov3_mm.engine.optim import PretrainOptimWrapper
-from dinov3_mm.engine.strategy import DDP_SETTINGS
+from dinov3_mm.engine.runner.sharded_state import allocate_moments, optimizer_tensors
+from dinov3_mm.engine.strategy import PretrainStrategy
 from dinov3_mm.models.layers.fp8 import enable_fp8
-from dinov3_mm.models.pretraining.groups import group_as_world
 
-from .settle import DDP, FSDP2, MULTI, strategy_name
-
-_SHARDING = ("param_dtype", "reduce_dtype", "reshard_after_forward", "num_prefetch")
+from .settle import FSDP2, strategy_name
 
 
 def build_on_meta(cfg: Config) -> nn.Module:
@@ -46,70 +48,93 @@ def build_on_meta(cfg: Config) -> nn.Module:
     return model
 
 
-def shard(model: nn.Module, cfg: Config) -> None:
-    """Shard the meta tensors of a model with an FSDP2 strategy; leave others as they are.
+def prepare(model: nn.Module, cfg: Config) -> PretrainStrategy:
+    """The strategy of a config after its own ``prepare`` of a model that is on the meta device.
+
+    Under a fake mode. No weights are drawn or read. Compiled blocks are counted; that they run as
+    they are is up to the caller (``torch.compiler.set_stance``).
 
     Raises:
-        ConfigError: arguments of the strategy that do not fit the ranks.
+        ConfigError: what the strategy or the optimizer wrapper refuses.
     """
-    if strategy_name(cfg) != FSDP2:
-        return
     try:
-        policy = ShardingPolicy.of(**{k: cfg.strategy[k] for k in _SHARDING if k in cfg.strategy})
-        mesh = build_mesh("cpu", cfg.strategy.get("num_replicas", 1))
-    except ValueError as error:
-        raise ConfigError(f"strategy: {error}") from error
-    shard_model(model, mesh, policy)
-    check_alignment(model)
+        check_settings(cfg)
+        # Agrees on the time, which is no fake tensor, and opens a log file that nobody asked for.
+        with (
+            unset_fake_temporarily(),
+            patch.object(base, "broadcast", lambda value: None),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            strategy = STRATEGIES.build(
+                dict(
+                    copy.deepcopy(dict(cfg.strategy)),
+                    work_dir=folder,
+                    experiment_name="dry_run",
+                    log_kwargs=dict(log_level="WARNING"),
+                    env_kwargs=dict(randomness=dict(cfg.randomness)),
+                )
+            )
+            _close_log_files(strategy.logger)
+        strategy._init_model_weights = lambda model: model
+        strategy._init_shards = lambda model: None
+        if strategy_name(cfg) != FSDP2:
+            _build_on_host(model)
+        strategy.prepare(
+            model,
+            optim_wrapper=copy.deepcopy(dict(cfg.optim_wrapper)),
+            dispatch_kwargs=dict(max_iters=cfg.train_cfg["max_iters"]),
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    return strategy
 
 
-def wrap(model: nn.Module, cfg: Config) -> nn.Module:
-    """Give a model fake storage and the wrapper of its strategy; under ``FakeTensorMode``."""
+def _build_on_host(model: nn.Module) -> None:
+    """Fake CPU tensors in place of all others: what a strategy gets that moves the model itself.
+
+    Copies that a model makes of its parts while it is built would read the addresses of tensors.
+    """
     materialise(model, torch.device("cpu"))
-    # What was on the CPU already is moved by nobody, and becomes fake here.
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.clone()
-    settings = {**DDP_SETTINGS, **(cfg.strategy.get("model_wrapper") or {})}
-    if strategy_name(cfg) == DDP:
-        return _in_ddp(model, settings)
-    if strategy_name(cfg) == MULTI and dist.is_initialized():
-        for name, student in list(model.students.items()):
-            with group_as_world(model.groups[name]):
-                model.students[name] = _in_ddp(student, settings)
-    return model
 
 
-def _in_ddp(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-    wrapped = MMDistributedDataParallel(module=model, init_sync=False, **settings)
-    wrapped.register_comm_hook(None, _all_reduce_bucket)
-    wrapped.reducer = _FixedBuckets(wrapped.reducer)
-    return wrapped
+def _close_log_files(logger: MMLogger) -> None:
+    for handler in list(logger.handlers):
+        if isinstance(handler, logging.FileHandler):
+            logger.removeHandler(handler)
+            handler.close()
 
 
-def build_optimizer(model: nn.Module, cfg: Config) -> PretrainOptimWrapper | OptimWrapperDict:
-    """The optimizer wrapper of the config, with the state that it has after its first step.
+def begin(strategy: PretrainStrategy) -> None:
+    """Give the optimizers the state that they have after their first step and a resume."""
+    for wrapper in wrappers_of(strategy.optim_wrapper):
+        _take_first_step(wrapper)
+    if strategy_shards(strategy):
+        _resume_shards(strategy.optim_wrapper.optimizer)
+        return
+    for wrapper in wrappers_of(strategy.optim_wrapper):
+        # As it is read from a file.
+        stored = tree_map_only(Tensor, lambda value: value.cpu(), wrapper.state_dict())
+        wrapper.load_state_dict(stored)
 
-    Raises:
-        ConfigError: an optimizer that the wrapper or the strategy refuses.
-    """
-    try:
-        wrapper = build_optim_wrapper(model, copy.deepcopy(dict(cfg.optim_wrapper)))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"optim_wrapper: {error}") from error
-    is_sharded = strategy_name(cfg) == FSDP2
-    if is_sharded and not isinstance(wrapper.optimizer, torch.optim.Adam):  # AdamW is one
-        raise ConfigError(
-            f"optim_wrapper.optimizer: the fused {type(wrapper.optimizer).__name__} of torch does "
-            "not step on shards; use AdamW or Adam with FSDP2Strategy"
+
+def strategy_shards(strategy: PretrainStrategy) -> bool:
+    """Whether parameters and optimizer state are in shards."""
+    return type(strategy).__name__ == FSDP2
+
+
+def _resume_shards(optimizer: torch.optim.Optimizer) -> None:
+    stored = {
+        name: metadata.TensorStorageMetadata(
+            metadata.TensorProperties(dtype=value.dtype), value.size(), []
         )
-    for each in wrappers_of(wrapper):
-        _take_first_step(each)
-    if is_sharded:
-        every = cfg.strategy.get("reduce_every_micro_batch", False)
-        wrapper.reduce_gradients = GradientReduction(model, every_micro_batch=every)
-    return wrapper
+        for name, value in optimizer_tensors(optimizer).items()
+    }
+    optimizer.state.clear()
+    allocate_moments(optimizer, stored)
 
 
 def wrappers_of(
@@ -148,24 +173,3 @@ def all_networks(algorithm: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}{name}", network
     if hasattr(algorithm, "local_students"):
         yield "distillation_teacher", algorithm.distillation_teacher
-
-
-def _all_reduce_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's own all-reduce; a fake process group has no future of it."""
-    dist.all_reduce(bucket.buffer())
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
-class _FixedBuckets:
-    """DDP's reducer, without the exchange of bucket sizes, which reads values."""
-
-    def __init__(self, reducer: Any) -> None:
-        self._reducer = reducer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._reducer, name)
-
-    def _rebuild_buckets(self) -> bool:
-        return False

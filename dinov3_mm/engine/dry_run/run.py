@@ -11,19 +11,17 @@ from torch.distributed.tensor import DTensor
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.hooks import DistillationHook, GramAnchorHook
 
-from .accelerator_paths import accelerator_paths
 from .batches import batch_layout, crop_sets
-from .fake_world import fake_ranks, fake_tensors
+from .fake_world import fake_device, fake_ranks
 from .inputs import check_numbers
 from .memory import MemoryLedger
 from .model import (
     algorithm_of,
     all_networks,
+    begin,
     build_on_meta,
-    build_optimizer,
-    shard,
+    prepare,
     students_of,
-    wrap,
 )
 from .schedules import Schedules, read_schedules
 from .settle import needs_process_group, settle_config, strategy_name
@@ -109,20 +107,18 @@ def dry_run(
     """
     check_numbers(world_size)
     ranks = world_size if needs_process_group(cfg, world_size) else None
-    with fake_ranks(ranks, rank), accelerator_paths(on_gpu):
+    with fake_ranks(ranks, rank):
         derived = settle_config(cfg, world_size, num_images=num_images, memory_gib=memory_gib)
         model = build_on_meta(cfg)
         sets = crop_sets(cfg, world_size, _share(model, cfg))
         layout = batch_layout(cfg, world_size)
         schedules = {name: read_schedules(cfg, model, layout, name) for name in students_of(model)}
-        shard(model, cfg)
-        if hasattr(model, "form_groups"):
-            model.form_groups()
-        ledger = MemoryLedger()
-        with fake_tensors(), ledger, ledger.watching_resizes():
-            model = wrap(model, cfg)
+        ledger = MemoryLedger(device="cuda" if on_gpu else "cpu")
+        with fake_device(on_gpu), ledger, ledger.watching_resizes():
+            strategy = prepare(model, cfg)
+            model, optim_wrapper = strategy.model, strategy.optim_wrapper
             algorithm = algorithm_of(model)
-            optim_wrapper = build_optimizer(model, cfg)
+            begin(strategy)
             tell_state(ledger, algorithm, optim_wrapper)
             _fill_teachers(algorithm, schedules)
             channels = len(algorithm.data_preprocessor.statistics[0])

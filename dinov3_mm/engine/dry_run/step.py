@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
-import torch
 from mmengine.config import Config
 from mmengine.optim import OptimWrapperDict
 from torch import nn
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_leaves
 
 from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.engine.hooks import TeacherEMAHook
 from dinov3_mm.engine.optim import PretrainOptimWrapper
 
 from .batches import CropSet, describe_batch, make_batch
@@ -90,6 +91,11 @@ def run_step(
     ledger.tell(BATCH, tree_leaves(batch))
     try:
         with log, ExitStack() as watched:
+            # What the step gets, on the device.
+            received = algorithm.data_preprocessor.register_forward_hook(
+                lambda module, args, out: ledger.tell(BATCH, tree_leaves(out))
+            )
+            watched.callback(received.remove)
             for wrapper in wrappers_of(optim_wrapper):
                 watched.enter_context(_watching_steps(wrapper, ledger, log))
             model.train()
@@ -102,10 +108,7 @@ def run_step(
             for (name, student), wrapper in zip(
                 students_of(algorithm).items(), wrappers_of(optim_wrapper), strict=True
             ):
-                momentum = schedules[name].values["momentum"](last)
-                # TeacherEMAHook asks on the device whether the step was skipped, or on the CPU.
-                skipped = wrapper.step_skipped
-                student.update_teacher(torch.where(skipped, 1.0, momentum) if on_gpu else momentum)
+                _update_teacher(student, wrapper, schedules[name], last, on_gpu)
     except DataDependentOutputException as error:
         raise UnpredictableStepError(
             f"the step reads a value of a tensor ({error.func}), which would also make the host "
@@ -117,6 +120,23 @@ def run_step(
     peak = ledger.peak(start)
     del batch
     return StepRecord(crops, shapes, peak, ledger.by_kind(), log.rows())
+
+
+def _update_teacher(
+    student: nn.Module,
+    wrapper: PretrainOptimWrapper,
+    schedules: Schedules,
+    iteration: int,
+    on_gpu: bool,
+) -> None:
+    """As the hook does it; on the CPU it asks whether the step was skipped, which has no answer."""
+    if not on_gpu:
+        student.update_teacher(schedules.values["momentum"](iteration))
+        return
+    hook = schedules.hooks[TeacherEMAHook]
+    hook.model = student
+    runner = SimpleNamespace(iter=iteration, optim_wrapper=wrapper)
+    hook.after_train_iter(runner, 0, outputs={})
 
 
 def tell_state(

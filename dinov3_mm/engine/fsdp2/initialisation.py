@@ -18,12 +18,11 @@ def materialise(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if not tensor.is_meta:
-                    tensors[name] = _like(tensor, tensor.to(device))
-                else:
+                if tensor is not None and tensor.is_meta:
                     tensors[name] = _like(tensor, _nan(tensor, device))
+    # Not by hand: modules that keep a device of their own learn of it here, such as the data
+    # preprocessor, which moves every batch to it.
+    model.to(device)
 
 
 def _nan(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed import device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -79,9 +80,9 @@ def build_mesh(device_type: str, num_replicas: int) -> DeviceMesh:
     if num_replicas < 1 or ranks % num_replicas:
         raise ValueError(f"num_replicas={num_replicas} does not divide {ranks} ranks")
     if num_replicas == 1:
-        return init_device_mesh(device_type, (ranks,), mesh_dim_names=("shard",))
+        return device_mesh.init_device_mesh(device_type, (ranks,), mesh_dim_names=("shard",))
     shape = (num_replicas, ranks // num_replicas)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    return device_mesh.init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, policy: ShardingPolicy) -> nn.Module:

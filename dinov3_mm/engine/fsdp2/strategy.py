@@ -111,10 +111,7 @@ class FSDP2Strategy(PretrainStrategy):
         shard_model(self._accelerated(model), mesh, self.policy)
         pairs = check_alignment(model)
         materialise(model, training_device())
-        torch.manual_seed(torch_seed(self.seed, BEFORE_THE_FIRST_STEP))
-        with WholeTensorDraws(), reading_for_shards():
-            model.init_weights()
-        check_initialised(model)
+        self._init_shards(model)
         local = sum(_local(p).numel() for p in model.parameters())
         total = sum(p.numel() for p in model.parameters())
         self.logger.info(
@@ -125,6 +122,13 @@ class FSDP2Strategy(PretrainStrategy):
             f"with the student: {pairs} parameters"
         )
         return model
+
+    def _init_shards(self, model: nn.Module) -> None:
+        """Draw or read the first values; a dry run has none."""
+        torch.manual_seed(torch_seed(self.seed, BEFORE_THE_FIRST_STEP))
+        with WholeTensorDraws(), reading_for_shards():
+            model.init_weights()
+        check_initialised(model)
 
     def build_optim_wrapper(
         self, optim_wrapper: OptimWrapper | dict, model: nn.Module | None = None

@@ -80,7 +80,7 @@ def save_sharded_state(
             write_training_state(partial / own[0], own[1])
     tensors = _model_tensors(model)
     if optimizer is not None:
-        tensors.update(_optimizer_tensors(optimizer))
+        tensors.update(optimizer_tensors(optimizer))
     if background_group is not None:
         write = dcp.async_save(tensors, checkpoint_id=str(partial), process_group=background_group)
         # The first rank's write ends when those of all ranks have: nobody need be asked.
@@ -191,7 +191,7 @@ def load_sharded_state(
         if name.split(".")[1] not in absent
     }
     if optimizer is not None:
-        tensors.update(_allocate_moments(optimizer, stored))
+        tensors.update(allocate_moments(optimizer, stored))
     if callback is not None:
         callback(state)
     with warnings.catch_warnings():
@@ -214,7 +214,8 @@ def _named_params(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer by the names that it has in a checkpoint."""
     return {
         f"optimizer.{name}.{key}": value
         for name, param in _named_params(optimizer).items()
@@ -222,7 +223,7 @@ def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _allocate_moments(optimizer: Optimizer, stored: Mapping) -> dict[str, Tensor]:
+def allocate_moments(optimizer: Optimizer, stored: Mapping) -> dict[str, Tensor]:
     """Optimizer state for every stored moment, in the shards of its parameter."""
     moments: dict[str, list[str]] = {}
     for name in stored:
@@ -235,17 +236,25 @@ def _allocate_moments(optimizer: Optimizer, stored: Mapping) -> dict[str, Tensor
     missing = {name for name in params.keys() - moments.keys() if name.split(".")[0] in begun}
     if missing or moments.keys() - params.keys():
         refuse_mismatch(missing, moments.keys() - params.keys(), [])
+    # As torch's own loading does: kernels that step on the device read counts there, others do not.
+    on_device = {
+        name
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+        if group.get("fused") or group.get("capturable")
+    }
     for name, keys in moments.items():
         param = params[name]
+        counts_on = param.device if name in on_device else torch.device("cpu")
         for key in keys:
             entry = stored[f"optimizer.{name}.{key}"]
             same_shape = tuple(entry.size) == tuple(param.shape)
             optimizer.state[param][key] = (
                 torch.zeros_like(param, requires_grad=False)
                 if same_shape
-                else torch.zeros(entry.size, dtype=entry.properties.dtype)
+                else torch.zeros(entry.size, dtype=entry.properties.dtype, device=counts_on)
             )
-    return _optimizer_tensors(optimizer)
+    return optimizer_tensors(optimizer)
 
 
 def _check_model(model: nn.Module, stored: Mapping) -> tuple[str, ...]:

@@ -91,8 +91,10 @@ def _row_scales(rows: Tensor) -> Tensor:
 
 def _scaled_product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
     """``a @ b.T`` (n, m) in bfloat16 of rows that are quantised by their scales."""
-    a8 = (a.float() / a_scales).to(FP8)
-    b8 = (b.float() / b_scales).to(FP8)
+    # The kernel reads both along the dimension that is summed; an elementwise result would keep the
+    # order of a transposed operand, which the kernel refuses. A copy of one byte per value.
+    a8 = (a.float() / a_scales).to(FP8).contiguous()
+    b8 = (b.float() / b_scales).to(FP8).contiguous()
     if a.is_cuda:
         return torch._scaled_mm(
             a8, b8.t(), scale_a=a_scales, scale_b=b_scales.t(), out_dtype=torch.bfloat16

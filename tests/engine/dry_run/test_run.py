@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+import dinov3_mm.engine.dry_run.model as model_module
 from dinov3_mm.engine import ConfigError
 from dinov3_mm.engine.dry_run import UnpredictableStepError, dry_run
+from dinov3_mm.engine.runner.sharded_state import allocate_moments
 from dinov3_mm.models.pretraining import DINOv3
 from tests.engine.dry_run.toys import LAYERS, PROTOTYPES, toy_config
 
@@ -205,8 +208,55 @@ def test_a_process_of_a_group_is_refused():
 
 
 def test_nothing_is_left_replaced():
-    from torch.nn import functional as F
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.nn.parallel import DistributedDataParallel
 
-    before = F.layer_norm, dist.get_backend, torch.UntypedStorage.resize_
+    def replaced():
+        return (
+            torch.cuda.is_available,
+            torch.cuda.Stream,
+            torch.UntypedStorage.resize_,
+            dist.get_backend,
+            DistributedDataParallel.__init__,
+            vars(FakeTensor).get("is_cuda"),
+        )
+
+    before = replaced()
     dry_run(toy_config(), 2)
-    assert before == (F.layer_norm, dist.get_backend, torch.UntypedStorage.resize_)
+    assert before == replaced()
+
+
+def test_graphs_of_shards_are_refused():
+    cfg = toy_config(strategy=dict(type="FSDP2Strategy", compile_blocks=True, cuda_graphs=True))
+    with pytest.raises(ConfigError, match="does not go with FSDP2Strategy, which gathers"):
+        dry_run(cfg, 2)
+
+
+@pytest.mark.parametrize("strategy", ["PretrainStrategy", "FSDP2Strategy"])
+def test_compiled_blocks_and_float8_go_through_the_strategy(strategy):
+    """The products of the blocks are in float8, forward and backward, at a width that allows it."""
+    arch = dict(embed_dims=64, num_layers=LAYERS, num_heads=2)
+    settings = dict(type=strategy, compile_blocks=True, fp8_filter="blocks")
+    report = dry_run(toy_config(strategy=settings, model__backbone__arch=arch), 1)
+    assert report.steps[0].peak.total > 0
+
+
+def test_a_batch_that_stays_on_the_cpu_is_refused(monkeypatch):
+    """What was wrong with FSDP2 on CUDA until the model was moved by its own ``to``."""
+    monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kwargs: self)
+    with pytest.raises(RuntimeError, match="two different devices"):
+        dry_run(toy_config(strategy=FSDP2), 1)
+
+
+def test_a_step_count_that_stays_on_the_cpu_is_refused(monkeypatch):
+    """What was wrong with resuming shards on CUDA."""
+
+    def forgets(optimizer, stored):
+        tensors = allocate_moments(optimizer, stored)
+        for state in optimizer.state.values():
+            state["step"] = state["step"].cpu()
+        return tensors
+
+    monkeypatch.setattr(model_module, "allocate_moments", forgets)
+    with pytest.raises(RuntimeError, match=r"same device.*_fused_adamw_"):
+        dry_run(toy_config(strategy=FSDP2), 1)
