@@ -21,7 +21,10 @@ FOLDER = Path(__file__).resolve().parent
 PYTHONS = ("3.11", "3.12", "3.13")
 LANES = {"core": ["core"], "test": ["core", "test"], "ops": ["core", "test", "ops"]}
 # Released as source, without compiled parts; mmcv's operators are compiled by tools/setup_env.sh.
-SOURCES = {"mat4py", "model-index", "modelindex", "onedl-mmcv", "terminaltables"}
+SOURCES = {
+    *("mat4py", "model-index", "modelindex", "terminaltables"),
+    *("onedl-mmcv", "onedl-mmdetection", "onedl-mmpretrain", "onedl-mmsegmentation"),
+}
 # Why: the head of lock.txt and of ops.txt.
 LEFT_OUT = {"opencv-python", "imagecorruptions-imaug"}
 

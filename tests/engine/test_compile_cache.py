@@ -12,12 +12,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from dinov3_mm.engine.networks import compile_units
+from dinov3_mm.models.layers import LayerNorm
 
-blocks = nn.Sequential(nn.GELU())
+blocks = nn.Sequential(LayerNorm(100))
 model = nn.Module()
 model.student = nn.ModuleDict(dict(backbone=nn.ModuleDict(dict(blocks=blocks))))
 assert compile_units(model) == 1
-blocks[0](torch.ones(100))
+blocks[0](torch.ones(1, 100))
 hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 print(torch.backends.cpu.get_cpu_capability(), hits)
 """
