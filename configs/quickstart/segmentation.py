@@ -44,7 +44,7 @@ val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-2, weight_decay=1e-3))
-param_scheduler = [dict(type='WarmupOneCycleLR', by_epoch=False, warmup_iters=20, warmup_ratio=1e-6, delay=1)]
+param_scheduler = [dict(type='WarmupOneCycleLR', by_epoch=False, warmup_iters=20 / 200, warmup_ratio=1e-6, delay=1)]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=200, val_interval=200)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -119,6 +119,36 @@ def set_head(cfg: Config, head: str) -> None:
         init_cfg["checkpoint"] = head
 
 
+def shorten_warmup(cfg: Config) -> list[str]:
+    """Fit a linear warm-up, and what begins after it, into a run that is shorter than it.
+
+    For trials of a few iterations, which MMEngine's schedules would refuse.
+
+    Returns:
+        A line for the log, or none.
+    """
+    total = (cfg.get("train_cfg") or {}).get("max_iters")
+    schedules = [part for part in _dicts(cfg.get("param_scheduler")) if "type" in part]
+    lines = []
+    for warmup in [part for part in schedules if part["type"] == "LinearLR"]:
+        end = warmup.get("end")
+        if total is None or end is None or warmup.get("by_epoch", True) or end < total:
+            continue
+        short = total // 10
+        lines.append(
+            f"WARNING: the warm-up of {end} iterations does not fit into a run of {total}; it takes "
+            f"{short}"
+        )
+        for part in schedules:
+            if part.get("begin") == end:
+                part["begin"] = short
+        warmup["end"] = short
+    # MMEngine knows no schedule of no length.
+    if lines and short == 0:
+        cfg.param_scheduler = [part for part in schedules if part.get("end") != 0]
+    return lines
+
+
 def settle_host(cfg: Config) -> list[str]:
     """Refuse weights that are not there; warn of inputs that they do not expect.
 
@@ -132,6 +162,7 @@ def settle_host(cfg: Config) -> list[str]:
     if cfg.get("sync_bn") == "torch" and not torch.cuda.is_available():
         cfg.sync_bn = None  # torch synchronises batch norms on accelerators only
         lines.append("sync_bn is off: there is no GPU, and each process takes its own statistics")
+    lines += shorten_warmup(cfg)
     for init_cfg in initializers(cfg.model):
         weights = _checked(init_cfg.get("checkpoint"))
         init_cfg["checkpoint"] = weights

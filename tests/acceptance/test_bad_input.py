@@ -137,4 +137,4 @@ def test_missing_config_and_checkpoint(images, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         main([str(tmp_path / "nothing.py")])
     cfg = toy_config(images, tmp_path / "run")
-    refuse(cfg, tmp_path, FileNotFoundError, "gone.pth", "--resume", str(tmp_path / "gone.pth"))
+    refuse(cfg, tmp_path, ConfigError, "gone.pth", "--resume", str(tmp_path / "gone.pth"))

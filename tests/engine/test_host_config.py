@@ -1,11 +1,19 @@
 """What the command line sets in configs of the hosts, and what is refused."""
 
+import copy
+
 import pytest
 from mmengine.config import Config
 
 from dinov3_mm.checkpoints import export_backbone
 from dinov3_mm.engine import ConfigError
-from dinov3_mm.engine.host_config import set_data_root, set_head, set_host_weights, settle_host
+from dinov3_mm.engine.host_config import (
+    set_data_root,
+    set_head,
+    set_host_weights,
+    settle_host,
+    shorten_warmup,
+)
 from tests.checkpoints.toys import toy_backbone
 
 PRETRAINED = {"type": "DINOv3Pretrained", "checkpoint": None}
@@ -112,3 +120,21 @@ def test_head(tmp_path):
         set_head(cfg, "nothing.pth")
     with pytest.raises(ConfigError, match="does not load a released head"):
         set_head(host_config(), "nothing.pth")
+
+
+def test_a_warmup_longer_than_the_run_is_shortened():
+    cfg = host_config(backbone={"type": "DINOv3ViT"})
+    schedules = [
+        {"type": "LinearLR", "start_factor": 0.01, "by_epoch": False, "end": 50},
+        {"type": "CosineAnnealingLR", "by_epoch": False, "begin": 50},
+    ]
+    for total, expected in ((1000, (50, 50)), (40, (4, 4))):
+        cfg.param_scheduler, cfg.train_cfg = copy.deepcopy(schedules), {"max_iters": total}
+        lines = shorten_warmup(cfg)
+        warmup, cosine = cfg.param_scheduler
+        assert (warmup["end"], cosine["begin"]) == expected
+        assert bool(lines) == (total < 50)
+    cfg.param_scheduler, cfg.train_cfg = copy.deepcopy(schedules), {"max_iters": 2}
+    shorten_warmup(cfg)
+    (cosine,) = cfg.param_scheduler
+    assert cosine["begin"] == 0

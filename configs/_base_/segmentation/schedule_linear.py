@@ -6,7 +6,7 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-3),
 )
 param_scheduler = [
-    dict(type='WarmupOneCycleLR', by_epoch=False, warmup_iters=1500, warmup_ratio=1e-6, delay=1),
+    dict(type='WarmupOneCycleLR', by_epoch=False, warmup_iters=1500 / 40000, warmup_ratio=1e-6, delay=1),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=40000, val_interval=5000)
 val_cfg = dict(type='ValLoop')

@@ -117,7 +117,9 @@ def _run(
         sys.exit(f"{type(error).__name__}: {error}")
     print_differences(report.differences, report.bounds, console)
     size = sum(p.stat().st_size for p in report.path.parent.glob(f"{report.path.name}*"))
-    console.print(f"{report.path}: {size / 1e6:.1f} MB, outputs {list(report.metadata['outputs'])}")
+    outputs = list(report.metadata["outputs"])
+    # Not wrapped: a path is copied.
+    console.print(f"{report.path}: {size / 1e6:.1f} MB, outputs {outputs}", soft_wrap=True)
 
 
 def _export(args: argparse.Namespace, export: Callable[..., ExportReport]) -> ExportReport:

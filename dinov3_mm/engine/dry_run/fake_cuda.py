@@ -260,6 +260,7 @@ def _driver() -> Iterator[tuple[Any, str, Any]]:
         "current_device": 0,
         "device_count": 1,
         "get_device_capability": (9, 0),
+        "get_device_name": "a GPU that is not there",
         "set_device": None,
         "synchronize": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
