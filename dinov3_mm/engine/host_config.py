@@ -136,8 +136,8 @@ def shorten_warmup(cfg: Config) -> list[str]:
             continue
         short = total // 10
         lines.append(
-            f"WARNING: the warm-up of {end} iterations does not fit into a run of {total}; it takes "
-            f"{short}"
+            f"WARNING: the warm-up of {end} iterations does not fit into a run of {total}; it "
+            f"takes {short}"
         )
         for part in schedules:
             if part.get("begin") == end:

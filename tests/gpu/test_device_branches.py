@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dinov3_mm
+from tests.gpu_check.items import ITEMS
 
 PACKAGE = Path(dinov3_mm.__file__).parent
 ROOT = PACKAGE.parent
@@ -21,6 +22,8 @@ GPU_CHECK = "gpu_check:"
 FAKE, SECOND = "tests/gpu/test_fake_cuda.py", "tests/gpu/test_second_device.py"
 FIRST_STEP = f"{FAKE}::test_the_first_step_of_a_strategy"
 DRY_RUN = "tests/engine/dry_run"
+COMPILE = "tests/engine/test_compile.py"
+PRECISION = "tests/engine/test_precision.py::test_the_device_decides_unless_asked"
 
 # File of the package and function: the test, or the item, that executes its GPU side.
 BRANCHES = {
@@ -52,11 +55,21 @@ BRANCHES = {
     "engine/hooks/teacher_ema.py::TeacherEMAHook.after_train_iter": (
         f"{DRY_RUN}/test_run.py::test_memory_by_kind_adds_up"
     ),
+    "engine/hooks/evaluation_base.py::FrozenFeatureHook.before_train": f"{GPU_CHECK}knn",
+    "engine/networks.py::compile_obstacle": f"{COMPILE}::test_what_is_missing_is_named",
+    "engine/networks.py::decide_compile": f"{COMPILE}::test_auto_compiles_on_a_gpu_only",
+    "engine/precision.py::choose_dtype": PRECISION,
+    "engine/precision.py::describe_choice": PRECISION,
+    "engine/strategy.py::PretrainStrategy._accelerated": FIRST_STEP,
+    "evaluation/features.py::_own_rows": f"{GPU_CHECK}knn",
     "engine/host_config.py::settle_host": (
         "tests/engine/test_host_config.py::test_batch_norms_are_not_synchronised_without_a_gpu"
     ),
     "engine/optim/wrapper.py::_is_known_to_fit": FIRST_STEP,
-    "engine/runner/launch.py::_select_device": f"{SECOND}::test_a_rank_takes_the_gpu_of_its_number",
+    "engine/runner/launch.py::device_index": f"{SECOND}::test_a_rank_takes_the_gpu_of_its_number",
+    "engine/runner/launch.py::sees_one_of_several": (
+        f"{SECOND}::test_a_rank_takes_the_gpu_of_its_number"
+    ),
     # NCCL meets for real.
     "engine/runner/launch.py::start_processes": f"{GPU_CHECK}fsdp2-resume",
     "engine/strategy.py::PretrainDDPStrategy._wrap_model": FIRST_STEP,
@@ -66,19 +79,24 @@ BRANCHES = {
     ),
     # mmcv's CUDA operator has no shape function.
     "models/adapters/vit_adapter/adapter.py::DINOv3ViTAdapter._run_backbone": (
-        f"{GPU_CHECK}deformable-attention"
+        f"{GPU_CHECK}downstream"
     ),
     "models/adapters/vit_adapter/deformable_attention.py::DeformableAttention.attend": (
-        f"{GPU_CHECK}deformable-attention"
+        f"{GPU_CHECK}downstream"
     ),
+    "models/backbones/vit_trunk.py::ViTTrunk._run_blocks": FIRST_STEP,
     "models/backbones/vit_trunk.py::ViTTrunk._max_chunk_rows": (
         f"{SECOND}::test_inference_of_backbones"
     ),
     "models/layers/convnext_block.py::ConvNeXtBlock._max_chunk_rows": (
         f"{SECOND}::test_inference_of_backbones"
     ),
-    "models/layers/attention.py::SelfAttention._use_xformers": (
-        f"{SECOND}::test_xformers_is_for_several_sequences_on_a_gpu"
+    "models/layers/attention.py::SelfAttention.pack": (
+        f"{SECOND}::test_packed_attention_is_for_several_sequences_on_a_gpu"
+    ),
+    "models/layers/attention.py::_is_present": FIRST_STEP,
+    "models/layers/attention.py::varlen_obstacle": (
+        f"{SECOND}::test_packed_attention_is_for_several_sequences_on_a_gpu"
     ),
     "models/layers/dense_attention.py::prefers_dense_attention": FIRST_STEP,
     "models/layers/fp8.py::_scaled_product": f"{FAKE}::test_gradients_of_float8_products",
@@ -92,18 +110,6 @@ BRANCHES = {
 }
 # It is the GPU.
 NO_BRANCHES = "engine/dry_run/fake_cuda.py"
-ITEMS = {
-    "parity-fp32",
-    "parity-float8",
-    "fsdp2-resume",
-    "cuda-graphs",
-    "attention-backends",
-    "onnx-cuda",
-    "extraction",
-    "memory-vs-plan",
-    "recipe-step",
-    "deformable-attention",
-}
 
 
 def test_every_branch_has_a_test():

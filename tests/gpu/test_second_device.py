@@ -4,6 +4,7 @@ Training itself runs there in the dry runs and in ``test_fake_cuda.py``.
 """
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dinov3_mm.engine.hooks import console
 from dinov3_mm.engine.hooks.guards import _PendingFlag
 from dinov3_mm.engine.runner import launch
 from dinov3_mm.evaluation.knn import nearest_neighbours
+from dinov3_mm.models.layers import attention
 from dinov3_mm.models.layers.attention import SelfAttention
 from tests.engine.dry_run.toys import toy_config
 
@@ -44,14 +46,17 @@ def _first_convnext(backbone):
     return next(m for m in backbone.modules() if hasattr(m, "_max_chunk_rows"))
 
 
-def test_xformers_is_for_several_sequences_on_a_gpu():
-    attention = SelfAttention(16, 2)
-    attention.has_xformers = True
+def test_packed_attention_is_for_several_sequences_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(attention, "fastest_backend", lambda index: "varlen")
+    layer = SelfAttention(16, 2)
     with fake_cuda():
-        tokens = torch.ones(8, 16, device="cuda")
-        assert attention._use_xformers(tokens, [(1, 4), (2, 2)])
-        assert not attention._use_xformers(tokens, [(2, 4)])
-        assert not attention._use_xformers(torch.ones(8, 16), [(1, 4), (2, 2)])
+        tokens = torch.ones(8, 16, device="cuda", dtype=torch.bfloat16)
+        packing = layer.pack(tokens, [(1, 4), (2, 2)])
+        assert packing.backend == "varlen" and packing.longest == 4
+        assert packing.starts.device == CUDA and packing.starts.shape == (4,)
+        assert layer.pack(tokens, [(2, 4)]).backend == "sdpa"
+        assert layer.pack(tokens.float(), [(1, 4), (2, 2)]).backend == "sdpa"
+        assert layer.pack(torch.ones(8, 16), [(1, 4), (2, 2)]).backend == "sdpa"
 
 
 def test_neighbours_are_found_where_the_features_are():
@@ -89,12 +94,12 @@ def test_memory_is_that_of_the_gpu(monkeypatch):
         assert facts.gpu_gib() == 80
 
 
-def test_a_rank_takes_the_gpu_of_its_number(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    launch._select_device(SimpleNamespace(local_world_size=2, local_rank=1))
-    assert chosen == [1]
+def test_a_rank_takes_the_gpu_of_its_number():
+    placement = launch.Placement(rank=1, world_size=2, local_rank=1, local_world_size=2)
+    for gpus, expected in ((2, 1), (1, 0)):  # srun --gpus-per-task=1 shows each its own
+        with fake_cuda(), patch.object(torch.cuda, "device_count", lambda gpus=gpus: gpus):
+            assert launch.device_index(placement) == expected
+            assert launch.sees_one_of_several(placement) == (gpus == 1)
 
 
 def test_only_backbones_on_the_cpu_are_exported():

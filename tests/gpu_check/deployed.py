@@ -15,16 +15,28 @@ from mmengine.registry import MODELS, DefaultScope
 
 import dinov3_mm
 from dinov3_mm.apis.deployment.onnx_runtime import OnnxModel
+from dinov3_mm.engine.precision import autocast_parts
 from tests.downstream import batches
 from tests.gpu_check.check import ROOT, Check, Skip
 from tests.integration.continue_run import TOY_ARCH, random_released_like
 from tests.shrink import shrink
 
-# Jobs, the packages that their hosts are, and a config each with a linear head.
+# What is trained: its job, the packages that its hosts are, a config, and where the backbone is.
 DOWNSTREAM = {
-    "classification": (("mmpretrain",), "classification/linear_vits16_folder.py"),
-    "segmentation": (("mmcv", "mmseg"), "segmentation/linear_vits16_ade20k.py"),
-}
+    "linear classifier": (
+        "classification", ("mmpretrain",), "linear_vits16_folder.py", "backbone"
+    ),
+    "linear segmentation": (
+        "segmentation", ("mmcv", "mmseg"), "linear_vits16_ade20k.py", "backbone"
+    ),
+    # With mmcv's CUDA operator of deformable attention.
+    "Mask2Former": (
+        "segmentation",
+        ("mmcv._ext", "mmseg", "mmdet"),
+        "mask2former_vits16_ade20k.py",
+        "backbone.backbone",
+    ),
+}  # fmt: skip
 
 
 def onnx_cuda(check: Check) -> None:
@@ -67,17 +79,24 @@ def onnx_cuda(check: Check) -> None:
 
 
 def downstream(check: Check) -> None:
-    """A training step of linear heads in bfloat16 autocast: finite losses, heads that move."""
-    for job, (hosts, path) in DOWNSTREAM.items():
-        with check.part(job):
-            missing = [host for host in hosts if find_spec(host) is None]
+    """A training step of heads in bfloat16 autocast: finite losses, heads that move."""
+    for name, (job, hosts, config, frozen) in DOWNSTREAM.items():
+        with check.part(name):
+            missing = [host for host in hosts if not _is_there(host)]
             if missing:
                 raise Skip(f"{', '.join(missing)} not installed (bash tools/setup_env.sh ops)")
-            _downstream_step(check, job, ROOT / "configs" / path, getattr(batches, job))
+            cfg = shrink(Config.fromfile(ROOT / "configs" / job / config), job)
+            _downstream_step(check, name, cfg, frozen, getattr(batches, job))
 
 
-def _downstream_step(check: Check, job: str, path: Path, make_batch: Callable) -> None:
-    cfg = shrink(Config.fromfile(path), job)
+def _is_there(package: str) -> bool:
+    outer = package.partition(".")[0]
+    return find_spec(outer) is not None and find_spec(package) is not None
+
+
+def _downstream_step(
+    check: Check, job: str, cfg: Config, frozen: str, make_batch: Callable
+) -> None:
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
         torch.manual_seed(0)
         model = MODELS.build(cfg.model)
@@ -86,16 +105,16 @@ def _downstream_step(check: Check, job: str, path: Path, make_batch: Callable) -
         before = {name: value.clone() for name, value in model.named_parameters()}
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         dtypes = set()
-        backbone = next(m for name, m in model.named_modules() if name.endswith("backbone"))
+        backbone = model.get_submodule(frozen)
         backbone.register_forward_hook(lambda _m, _i, out: dtypes.update(_dtypes(out)))
-        with torch.autocast(check.device.type, torch.bfloat16):
-            losses = model.train_step(make_batch(cfg), wrapper)
+        autocast_parts(model, torch.bfloat16)
+        losses = model.train_step(make_batch(cfg), wrapper)
     for name, value in losses.items():
         value = float(torch.as_tensor(value))
         check.holds(f"{job}: {name}", value, "finite", value == value and abs(value) < 1e6)
     moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
     check.at_least(f"{job}: parameters that moved", len(moved), 1)
-    stray = [name for name in moved if "backbone" in name]
+    stray = [name for name in moved if name.startswith(f"{frozen}.")]
     check.at_most(f"{job}: of these in the frozen backbone", len(stray), 0)
     check.note(f"{job}: features of the backbone", ", ".join(sorted(map(str, dtypes))))
 

@@ -125,12 +125,12 @@ ITEMS: dict[str, Item] = {
     ),
     "downstream": Item(
         "deployed",
-        "linear heads of classification and segmentation take a step in bf16 autocast: finite "
-        "losses, the frozen backbone stays",
+        "linear heads of classification and segmentation and Mask2Former over an adapter take a "
+        "step in bf16 autocast: finite losses, the frozen backbone stays",
         30,
-        "start 8 s and 15 s for importing the hosts; two steps of toys",
+        "start 8 s and 15 s for importing the hosts; three steps of toys",
         75,
-        uses=("mmcv", "mmpretrain", "mmseg"),
+        uses=("mmcv", "mmpretrain", "mmseg", "mmdet"),
     ),
     "recipe-step": Item(
         "speed",
