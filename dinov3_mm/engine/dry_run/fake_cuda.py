@@ -58,7 +58,7 @@ class FakeCudaMode(FakeTensorMode):
         self.allow_meta = True
         self.autocast_asks = False
         self.means_meta = False
-        # Results of the last operator that autograd has not recorded yet.
+        # Results of that function's operators, which autograd may record next.
         self._unrecorded: tuple[Tensor, ...] = ()
 
     def dispatch(
@@ -77,7 +77,7 @@ class FakeCudaMode(FakeTensorMode):
             return None  # in place; torch has no shape function of SGD's and Adagrad's
         out = super().dispatch(func, types, args, kwargs)
         if self.autocast_asks:
-            self._unrecorded = _awaiting_history(args, kwargs, out)
+            self._unrecorded += _awaiting_history(args, kwargs, out)
         return out
 
     def device_for_cpp(self, tensor: FakeTensor) -> torch.device:
@@ -128,6 +128,9 @@ def _awaiting_history(args: Any, kwargs: Any, out: Any) -> tuple[Tensor, ...]:
     return tuple(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
 
 
+_run_backward = torch.autograd._engine_run_backward
+
+
 class _Calls(TorchFunctionMode):
     """Context in which ``mode`` knows what Python has called."""
 
@@ -137,16 +140,23 @@ class _Calls(TorchFunctionMode):
         # Autograd's nodes of parameters: once made, they never ask again.
         self._nodes: dict[int, Any] = {}
 
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Autograd's engine; blocks that run again in the backward pass call functions too."""
+        with self:
+            return _run_backward(*args, **kwargs)
+
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, OpOverload):
             return func(*args, **kwargs)  # from within an operator: other modes call on
+        if func in (Tensor.backward, torch.autograd.backward):
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention and args[0].is_cuda:
             func = _attention
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        asks = torch.is_autocast_enabled("cuda") and func is not Tensor.backward
+        asks = torch.is_autocast_enabled("cuda")
         if asks and torch.is_grad_enabled():
             for leaf in tensors:
                 if leaf.requires_grad and leaf.is_leaf and id(leaf) not in self._nodes:
@@ -246,7 +256,10 @@ def fake_cuda() -> Iterator[FakeCudaMode]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in _driver():
             stack.enter_context(patch.object(owner, name, value, create=True))
-        stack.enter_context(_Calls(mode))
+        calls = _Calls(mode)
+        run_backward = patch.object(torch.autograd, "_engine_run_backward", calls.run_backward)
+        stack.enter_context(run_backward)
+        stack.enter_context(calls)
         yield stack.enter_context(mode)
 
 
@@ -277,6 +290,7 @@ def _driver() -> Iterator[tuple[Any, str, Any]]:
         yield DeviceMesh, name, _unfaked(getattr(DeviceMesh, name))
     yield torch.utils, "swap_tensors", _swap_watched
     yield fake_tensor, "init_gpu_context", lambda device: None
-    yield FakeTensor, "is_cuda", property(lambda self: self.device.type == "cuda")
     yield DTensor, "device", property(lambda self: self._local_tensor.device)
-    yield DTensor, "is_cuda", property(lambda self: self.device.type == "cuda")
+    for kind in (FakeTensor, DTensor):
+        yield kind, "is_cuda", property(lambda self: self.device.type == "cuda")
+        yield kind, "is_meta", property(lambda self: self.device.type == "meta")

@@ -57,6 +57,7 @@ def prepare(model: nn.Module, cfg: Config) -> PretrainStrategy:
     Raises:
         ConfigError: what the strategy or the optimizer wrapper refuses.
     """
+    name = strategy_name(cfg)
     try:
         check_settings(cfg)
         # Agrees on the time, which is no fake tensor, and opens a log file that nobody asked for.
@@ -74,10 +75,10 @@ def prepare(model: nn.Module, cfg: Config) -> PretrainStrategy:
                     env_kwargs=dict(randomness=dict(cfg.randomness)),
                 )
             )
-            _close_log_files(strategy.logger)
+            _forget_logger(strategy.logger)
         strategy._init_model_weights = lambda model: model
         strategy._init_shards = lambda model: None
-        if strategy_name(cfg) != FSDP2:
+        if name != FSDP2:
             _build_on_host(model)
         strategy.prepare(
             model,
@@ -101,7 +102,9 @@ def _build_on_host(model: nn.Module) -> None:
                 module._buffers[name] = buffer.clone()
 
 
-def _close_log_files(logger: MMLogger) -> None:
+def _forget_logger(logger: MMLogger) -> None:
+    """Close its file; a dry run in the same second would be given this logger again."""
+    MMLogger._instance_dict.pop(logger.instance_name, None)
     for handler in list(logger.handlers):
         if isinstance(handler, logging.FileHandler):
             logger.removeHandler(handler)
@@ -112,18 +115,13 @@ def begin(strategy: PretrainStrategy) -> None:
     """Give the optimizers the state that they have after their first step and a resume."""
     for wrapper in wrappers_of(strategy.optim_wrapper):
         _take_first_step(wrapper)
-    if strategy_shards(strategy):
+    if type(strategy).__name__ == FSDP2:
         _resume_shards(strategy.optim_wrapper.optimizer)
         return
     for wrapper in wrappers_of(strategy.optim_wrapper):
         # As it is read from a file.
         stored = tree_map_only(Tensor, lambda value: value.cpu(), wrapper.state_dict())
         wrapper.load_state_dict(stored)
-
-
-def strategy_shards(strategy: PretrainStrategy) -> bool:
-    """Whether parameters and optimizer state are in shards."""
-    return type(strategy).__name__ == FSDP2
 
 
 def _resume_shards(optimizer: torch.optim.Optimizer) -> None:

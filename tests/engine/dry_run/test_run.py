@@ -83,11 +83,11 @@ def test_memory_by_kind_adds_up():
     assert sum(step.peak.by_kind.values()) == step.peak.total
 
 
-def test_recomputation_needs_less_memory():
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_recomputation_needs_less_memory(dtype):
+    changes = dict(global_batch_size=64, model__compute_dtype=dtype)
     peaks = [
-        dry_run(toy_config(global_batch_size=64, model__backbone__with_cp=mode), 1)
-        .steps[0]
-        .peak.total
+        dry_run(toy_config(model__backbone__with_cp=mode, **changes), 1).steps[0].peak.total
         for mode in (False, "selective", True)
     ]
     assert peaks == sorted(peaks, reverse=True)
