@@ -224,7 +224,7 @@ class _Stream:
 _swap_tensors = torch.utils.swap_tensors
 
 
-def _swap_watched(one: Tensor, other: Tensor) -> None:
+def swap_watched(one: Tensor, other: Tensor) -> None:
     """``swap_tensors``, which moves fake parameters, also where torch keeps a weak reference."""
     with patch.object(torch.utils.weakref, "getweakrefs", lambda tensor: []):
         _swap_tensors(one, other)
@@ -288,7 +288,7 @@ def _driver() -> Iterator[tuple[Any, str, Any]]:
     yield device_mesh, "init_device_mesh", _unfaked(device_mesh.init_device_mesh)
     for name in ("__init__", "__getitem__"):
         yield DeviceMesh, name, _unfaked(getattr(DeviceMesh, name))
-    yield torch.utils, "swap_tensors", _swap_watched
+    yield torch.utils, "swap_tensors", swap_watched
     yield fake_tensor, "init_gpu_context", lambda device: None
     yield DTensor, "device", property(lambda self: self._local_tensor.device)
     for kind in (FakeTensor, DTensor):

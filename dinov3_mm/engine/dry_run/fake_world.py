@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dinov3_mm.engine.optim import wrapper
 
-from .fake_cuda import fake_cuda
+from .fake_cuda import fake_cuda, swap_watched
 
 
 @contextmanager
@@ -60,6 +60,8 @@ def fake_device(on_gpu: bool) -> Iterator[None]:
             stack.enter_context(
                 patch.object(wrapper, "_is_known_to_fit", lambda norm, limit: False)
             )
+            # What moves a model swaps its tensors, and fake ones are watched.
+            stack.enter_context(patch.object(torch.utils, "swap_tensors", swap_watched))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         else:
             if dist.is_initialized():
