@@ -19,9 +19,6 @@ model = dict(
     prototype_chunk_size=16_384,
 )
 
-# Ten kinds of crops would exceed torch's limit of recompilations.
-strategy = dict(compile_blocks=False)
-
 train_dataloader = dict(
     # One set of sizes for the whole batch, drawn anew in every iteration.
     transform=dict(

@@ -3,6 +3,8 @@
 import gc
 import itertools
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from dinov3_mm.engine.cuda_graphs import COMPILE_OPTIONS, mark_steps
 from dinov3_mm.engine.networks import compile_units
 from dinov3_mm.models.layers import RotaryEmbedding2D, SelfAttention
 from dinov3_mm.models.layers.attention import ATTN_BACKENDS
+from dinov3_mm.models.losses import compile_losses
 from tests.gpu_check.check import ROOT, Check, Skip, exact_products, relative_error
 from tests.gpu_check.training import (
     GRADIENT_BAR,
@@ -27,8 +30,8 @@ from tests.gpu_check.training import (
     worst_loss,
 )
 
-# Losses and gradients of compiled blocks against eager ones, which round more often in bf16: on a
-# CPU 4e-3 in the losses of three steps and 2e-2 in the gradients of the quickstart's model.
+# Of compiled blocks and losses against eager ones, which round more often in bf16: on a CPU 4e-3 in
+# the losses of three steps and 2e-2 in the gradients of the quickstart's model.
 STEP_BARS = {"fp32": (LOSS_BAR, GRADIENT_BAR), "bf16": (1e-2, 5e-2)}
 # Kept bytes of compiled blocks against those of eager ones, recomputed by the same policy. On a GPU
 # autocast's copies of the weights are a twelfth of them, and one of the two may make them anew.
@@ -118,13 +121,10 @@ def _packed(
     x = x.to(check.device, dtype).requires_grad_()
     tables = [tuple(half.to(check.device) for half in table) for table in tables]
     with torch.autocast(check.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        arguments = [x, shapes, tables]
-        if hasattr(layer, "pack"):  # made outside of what is compiled, as the backbone does
-            packing = layer.pack(x, shapes)
-            if packing.backend != layer.backend:
-                raise Skip(f"{layer.backend} does not run here in {dtype}")
-            arguments.append(packing)
-        output = (torch.compile(layer) if compiled else layer)(*arguments)
+        packing = layer.pack(x, shapes)  # outside of what is compiled, as the backbone does
+        if packing.backend != layer.backend:
+            raise Skip(f"{layer.backend} does not run here in {dtype}")
+        output = (torch.compile(layer) if compiled else layer)(x, shapes, tables, packing)
     (grad,) = torch.autograd.grad(output, x, weight.to(check.device, output.dtype))
     return {"output": output.detach(), "gradient": grad}
 
@@ -132,9 +132,6 @@ def _packed(
 def _time_backends(check: Check) -> None:
     """``benchmarks/attention_backends.py`` on the recipe's shapes: which backend 'auto' takes."""
     script = ROOT / "benchmarks/attention_backends.py"
-    if not script.exists():
-        check.skip_part(f"times: there is no {script.name}")
-        return
     sizes = ("64" if check.is_large else "16", "7", "5") if check.on_gpu else ("1", "1", "1")
     with tempfile.TemporaryDirectory() as folder, check.part("times"):
         out = Path(folder) / "result.json"
@@ -153,7 +150,7 @@ def _time_backends(check: Check) -> None:
 
 
 def compile(check: Check) -> None:
-    """Compiled blocks against eager ones: losses, gradients, graph breaks, compilations."""
+    """Compiled blocks and losses against eager ones: values, gradients, graph breaks."""
     check.require_compiler()
     exact_products()
     for dtype, bars in STEP_BARS.items():
@@ -163,15 +160,28 @@ def compile(check: Check) -> None:
         count = compile_units(compiled.model)
         batches = list(eager.batches(3, num_workers=0))
         expected = losses_and_gradients(eager, batches[0])
-        actual = losses_and_gradients(compiled, batches[0])
+        expected_steps = losses_of_steps(eager, batches)
+        with _fused_losses():
+            actual = losses_and_gradients(compiled, batches[0])
+            steps = losses_of_steps(compiled, batches)
         worst = worst_loss(actual[0].values(), expected[0].values())
         check.at_most(f"{dtype}: values of a step, {count} blocks", worst, bars[0])
         worst = worst_gradient(actual[1], expected[1])
         check.at_most(f"{dtype}: gradients", worst, bars[1])
-        worst = worst_loss(losses_of_steps(compiled, batches), losses_of_steps(eager, batches))
+        worst = worst_loss(steps, expected_steps)
         check.at_most(f"{dtype}: losses of {len(batches)} steps", worst, bars[0])
         check.at_most(f"{dtype}: graph breaks", sum(counters["graph_break"].values()), 0)
         check.note(f"{dtype}: graphs compiled", counters["stats"]["unique_graphs"])
+
+
+@contextmanager
+def _fused_losses(is_on: bool = True) -> Iterator[None]:
+    """The losses compiled meanwhile, as a strategy that compiles blocks has them."""
+    compile_losses(is_on)
+    try:
+        yield
+    finally:
+        compile_losses(False)
 
 
 def recompute(check: Check) -> None:
@@ -192,7 +202,10 @@ def recompute(check: Check) -> None:
                     _forget_graphs()
                     compile_units(trainer.model)
                 batch = next(trainer.batches(1, num_workers=0))
-                grads = losses_and_gradients(trainer, batch)[1]
+                with _fused_losses(compiled):
+                    grads = losses_and_gradients(trainer, batch)[1]
+                    kept[mode, compiled] = _kept_bytes(trainer, batch, check)
+                    peak = _peak_of_step(trainer, batch) if check.on_gpu else None
                 if expected is None:
                     expected = grads
                 else:
@@ -202,10 +215,9 @@ def recompute(check: Check) -> None:
                         # Flash attention adds gradients in an order of its own choice.
                         5e-2 if compiled else 1e-2 if check.on_gpu else 1e-5,
                     )
-                kept[mode, compiled] = _kept_bytes(trainer, batch, check)
                 check.note(f"{name}: kept between the passes", kept[mode, compiled] / 2**20, "MiB")
-                if check.on_gpu:
-                    check.note(f"{name}: peak of a step", _peak_of_step(trainer, batch), "MiB")
+                if peak is not None:
+                    check.note(f"{name}: peak of a step", peak, "MiB")
                 del trainer
     for compiled in (False, True):
         order = [kept.get((mode, compiled)) for mode in (True, "selective", False)]
@@ -280,16 +292,19 @@ def cuda_graphs(check: Check) -> None:
         compile_units(trainer.model, **options)
         if options:
             mark_steps(trainer.model)
-            # Two passes record, the third replays.
-            for _ in range(2):
+        with _fused_losses():
+            # Graphs are recorded in two passes, and replayed from the third on.
+            for _ in range(2 if options else 0):
                 losses_and_gradients(trainer, batches[0])
-        actual = losses_and_gradients(trainer, batches[0])
+            actual = losses_and_gradients(trainer, batches[0])
+            steps = losses_of_steps(trainer, batches)
+            seconds = check.seconds(lambda t=trainer: t.step(batches[0]), 20)
         worst = worst_loss(actual[0].values(), expected[0].values())
         check.at_most(f"{name}: values of a step against eager", worst, bars[0])
         worst = worst_gradient(actual[1], expected[1])
         check.at_most(f"{name}: gradients against eager", worst, bars[1])
-        worst = worst_loss(losses_of_steps(trainer, batches), expected_steps)
+        worst = worst_loss(steps, expected_steps)
         check.at_most(f"{name}: losses of {len(batches)} steps", worst, bars[0])
-        milliseconds[name] = 1e3 * check.seconds(lambda t=trainer: t.step(batches[0]), 20)
+        milliseconds[name] = 1e3 * seconds
     for name, value in milliseconds.items():
         check.note(f"{name}: a step of the quickstart's model, 64 images", value, "ms")

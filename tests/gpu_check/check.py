@@ -8,14 +8,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinov3_mm.engine import networks
+from dinov3_mm.engine.networks import compile_obstacle
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -120,7 +119,7 @@ class Check:
         Raises:
             Skip: with what is missing.
         """
-        obstacle = getattr(networks, "compile_obstacle", _lacks_triton)(self.device)
+        obstacle = compile_obstacle(self.device)
         if obstacle is not None:
             raise Skip(obstacle)
 
@@ -158,11 +157,6 @@ class Check:
             if index >= 2:
                 times.append(time.perf_counter() - began)
         return sorted(times)[len(times) // 2]
-
-
-def _lacks_triton(device: torch.device) -> str | None:
-    missing = device.type == "cuda" and find_spec("triton") is None
-    return "triton is not installed" if missing else None
 
 
 def last_line(error: BaseException) -> str:

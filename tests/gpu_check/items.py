@@ -61,8 +61,8 @@ ITEMS: dict[str, Item] = {
     ),
     "compile": Item(
         "blocks",
-        "compiled blocks give the losses and gradients of eager ones, in fp32 and bf16, without "
-        "graph breaks",
+        "compiled blocks and losses give the values and gradients of eager ones, in fp32 and bf16, "
+        "without graph breaks",
         70,
         "start 8 s; inductor for a block of student (forward, backward) and teacher in two dtypes: "
         "4 graphs, 15 s each; 16 steps of a toy, 0.1 s each",

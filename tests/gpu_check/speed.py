@@ -18,7 +18,7 @@ from tests.gpu_check.check import GIB, ROOT, Check, Skip, exact_products
 
 RECIPE = ROOT / "configs/dinov3/vitl_im1k.py"
 # Most valuable first: what does not fit into the time is what can be missed.
-VARIANTS = ("plain", "compile", "compile-fp8", "compile-selective", "compile-xformers")
+VARIANTS = ("plain", "compile", "compile-fp8", "compile-selective", "compile-varlen")
 # Of the memory, what the plan's prediction may take: kernels, caches and its own error.
 SHARE_OF_MEMORY = 0.75
 LARGEST_BATCH = 64
@@ -41,8 +41,6 @@ def recipe_step(check: Check) -> None:
     flops = None
     for variant in VARIANTS if check.on_gpu else ("plain", "compile-selective"):
         with check.part(variant):
-            if "xformers" in variant and find_spec("xformers") is None:
-                raise Skip("xformers is not installed")
             if "compile" in variant:
                 check.require_compiler()
             if "fp8" in variant and torch.cuda.get_device_capability() < (8, 9):
