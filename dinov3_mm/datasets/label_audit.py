@@ -7,12 +7,11 @@ will see them: after palettes and ``reduce_zero_label``.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dinov3_mm.datasets.images import BrokenImageError, opened, read_frame
 from dinov3_mm.datasets.loading import ORIENTATION, LoadLabelMap, fit_map, get_bytes
@@ -131,13 +130,11 @@ def judge_files(
         replaced: whether the run takes other samples in place of broken ones.
     """
     if wrong:
-        more = f" ({len(wrong)} of {chosen.seen} maps that were looked at)" if wrong.files[1:] else ""
+        more = f" ({len(wrong)} of {chosen.seen} maps looked at)" if wrong.files[1:] else ""
         report.errors.append(f"{name}: {wrong.files[0][1]}{more}")
     if broken:
         path, reason = broken.files[0]
-        line = (
-            f"{name}: {len(broken)} of {chosen.seen} maps cannot be read, first {path}: {reason}"
-        )
+        line = f"{name}: {len(broken)} of {chosen.seen} maps cannot be read, first {path}: {reason}"
         if replaced and len(broken) < chosen.seen:
             report.warnings.append(f"{line}; other samples take their place")
         else:

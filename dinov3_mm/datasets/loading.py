@@ -138,7 +138,7 @@ class LoadLabelMap:
     Args:
         reduce_zero_label: label 0 becomes 255, n becomes n - 1; None as the data set says.
         palette: colour (red, green, blue) of each class, or its grey, in the order of the classes;
-            None as the data set says (``label_colors`` of a sample), else the values are the labels.
+            None as the data set says (``label_colors`` of a sample), or the values are labels.
         ignored_colors: colours that become 255, such as that of borders.
         broken: 'error' or 'replace', see :class:`UnreadableFiles`.
         backend_args: passed on to :func:`mmengine.fileio.get`.

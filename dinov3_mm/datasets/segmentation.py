@@ -27,7 +27,8 @@ from dinov3_mm.datasets.loading import Palette, as_colors  # noqa: E402
 
 CLASS_FILE = "classes.txt"
 FROM_FILE = "from_file"
-# A name and three numbers, as in class_dict.csv (name,r,g,b) and CVAT's labelmap.txt (name:r,g,b::).
+# A name and three numbers, also as in class_dict.csv (name,r,g,b) and CVAT's labelmap.txt
+# (name:r,g,b::).
 _COLORED = re.compile(r"(.+?)\s*[:,;\s]\s*(\d+)[,;\s]+(\d+)[,;\s]+(\d+)\s*(?:[:,;].*)?")
 _HEADER = re.compile(r"#.*|name\s*[,;]\s*r.*", re.IGNORECASE)
 
@@ -72,7 +73,9 @@ class SegmentationFolder(BaseSegDataset):
         self.split = split
         names = Path(data_root) / CLASS_FILE
         if isinstance(palette, str) and palette != FROM_FILE:
-            raise ValueError(f"palette is {palette!r}; expected a list of colours, or {FROM_FILE!r}")
+            raise ValueError(
+                f"palette is {palette!r}; expected a list of colours, or {FROM_FILE!r}"
+            )
         self.colors = None
         metainfo: dict[str, Any] = {}
         if names.is_file() or not kwargs.get("lazy_init", False):

@@ -54,7 +54,7 @@ def test_refusals(root):
     [
         "sky 70 130 180\nroad 128 64 128\ntree, tall 0 128 0\n",
         "name,r,g,b\nsky,70,130,180\nroad,128,64,128\n'tree, tall',0,128,0\n",
-        "# label:color_rgb:parts:actions\nsky:70,130,180::\nroad:128,64,128::\ntree, tall:0,128,0::",
+        "# label:color_rgb:parts\nsky:70,130,180::\nroad:128,64,128::\ntree, tall:0,128,0::",
     ],
 )
 def test_colours_of_the_class_file(root, lines):

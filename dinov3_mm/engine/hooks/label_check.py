@@ -11,7 +11,6 @@ from mmengine.registry import HOOKS
 from dinov3_mm.datasets.depth.audit import DepthFacts, Range, judge_depths, look_at_depths
 from dinov3_mm.datasets.depth.loading import LoadDepthMap
 from dinov3_mm.datasets.label_audit import (
-    LabelFacts,
     Report,
     judge_labels,
     look_at_labels,

@@ -20,6 +20,7 @@ from dinov3_mm.datasets.depth import (
 )
 from dinov3_mm.datasets.depth.loading import read_depth_map
 from dinov3_mm.datasets.images import BrokenImageError
+from tests.acceptance.label_cases import logged
 from tests.golden import assert_parity, load_golden
 
 
@@ -83,6 +84,12 @@ def test_folder(tmp_path):
     np.save(tmp_path / "depth/room/b.npy", np.full((4, 4), 3000.0))
     dataset = DepthFolderDataset(data_root=str(tmp_path), pipeline=[LoadDepthMap()])
     assert [float(dataset[i]["gt_depth_map"][0, 0]) for i in range(2)] == [2.5, 3.0]
+    write_map(tmp_path / "depth/alone.png", np.full((2, 3), 2500))
+    with logged() as lines:
+        assert len(DepthFolderDataset(data_root=str(tmp_path))) == 2
+    assert lines.warnings == [
+        f"1 of 3 depth maps in {tmp_path / 'depth'} have no image and are left out, e.g. alone"
+    ]
     (tmp_path / "depth/a.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 2 images have no depth map.*e\.g\. a"):
         DepthFolderDataset(data_root=str(tmp_path))

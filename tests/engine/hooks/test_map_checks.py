@@ -17,9 +17,9 @@ require_hosts()
 import dinov3_mm.datasets.depth  # noqa: E402
 import dinov3_mm.datasets.segmentation  # noqa: E402
 import dinov3_mm.evaluation.depth_metric  # noqa: E402, F401
-from dinov3_mm.engine.host_config import set_data_root  # noqa: E402
 from dinov3_mm.engine.hooks import DepthCheckHook, LabelCheckHook  # noqa: E402
 from dinov3_mm.engine.hooks.label_check import on_first_rank  # noqa: E402
+from dinov3_mm.engine.host_config import set_data_root  # noqa: E402
 
 HOOKS = {"segmentation": LabelCheckHook, "depth": DepthCheckHook}
 
@@ -37,7 +37,7 @@ def runner_of(cfg, root):
     """A runner with the data sets of a config, and nothing else."""
     set_data_root(cfg, str(root))
     with DefaultScope.overwrite_default_scope("mmseg"):
-        sets = {name: DATASETS.build(cfg[f"{name}_dataloader"].dataset) for name in ("train", "val")}
+        sets = {key: DATASETS.build(cfg[f"{key}_dataloader"].dataset) for key in ("train", "val")}
         metric = METRICS.build(cfg.val_evaluator)
     loops = {
         name: SimpleNamespace(
