@@ -50,6 +50,11 @@ class Refused:
         reason = error.reason if isinstance(error, BrokenImageError) else str(error)
         self.files.append((path, reason))
 
+    @property
+    def first(self) -> tuple[str, str]:
+        """The first file by name, and what is wrong with it."""
+        return min(self.files)
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -74,9 +79,8 @@ class Chosen:
         """Data sets and samples, before their pipeline."""
         end = time.monotonic() + self.max_seconds
         ends = np.cumsum([len(each) for each in self.sets])
-        order = np.arange(self.total)
-        if self.total > self.max_maps:
-            order = np.random.default_rng(0).permutation(self.total)[: self.max_maps]
+        # Also where all are looked at: what the time allows is no worse a sample then.
+        order = np.random.default_rng(0).permutation(self.total)[: self.max_maps]
         for number in order:
             place = int(np.searchsorted(ends, number, side="right"))
             dataset = self.sets[place]
@@ -131,9 +135,9 @@ def judge_files(
     """
     if wrong:
         more = f" ({len(wrong)} of {chosen.seen} maps looked at)" if wrong.files[1:] else ""
-        report.errors.append(f"{name}: {wrong.files[0][1]}{more}")
+        report.errors.append(f"{name}: {wrong.first[1]}{more}")
     if broken:
-        path, reason = broken.files[0]
+        path, reason = broken.first
         line = f"{name}: {len(broken)} of {chosen.seen} maps cannot be read, first {path}: {reason}"
         if replaced and len(broken) < chosen.seen:
             report.warnings.append(f"{line}; other samples take their place")
@@ -238,7 +242,7 @@ def _add_map(
         label = int(table[value])
         facts.stored[value] += int(counts[value])
         facts.pixels[label] += int(counts[value])
-        facts.first.setdefault(label, path)
+        facts.first[label] = min(facts.first.get(label, path), path)
     if (table[present] == IGNORED).all():
         facts.empty.append(path)
 
@@ -315,7 +319,7 @@ def judge_labels(
         return report
     if not inside:
         report.errors.append(
-            f"{of_files}: every pixel is ignored, first {facts.empty[0]}; "
+            f"{of_files}: every pixel is ignored, first {min(facts.empty)}; "
             f"{_ignored_advice(facts, num_classes)}"
         )
         return report
@@ -324,7 +328,7 @@ def judge_labels(
     if facts.empty:
         report.warnings.append(
             f"{name}: in {len(facts.empty)} of {facts.chosen.seen} maps every pixel is ignored, "
-            f"first {facts.empty[0]}"
+            f"first {min(facts.empty)}"
         )
     if is_training:
         _judge_missing(report, facts, classes, num_classes)

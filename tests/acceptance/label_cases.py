@@ -361,7 +361,7 @@ LABELS = [
         "palettes in other orders",
         _store_paletted,
         "refused",
-        r"the colour \[.*30\] is label \d in .*train/1\.png and \d in .*train/0\.png: each file",
+        r"the colour \[.*30\] is label \d in .*train/\d\.png and \d in .*train/\d\.png: each",
         source="NVIDIA/DIGITS#1676",
     ),
     Case(

@@ -64,7 +64,7 @@ class DepthFacts:
         depths: some measured depths of each map.
         empty: files without a measured pixel.
         scales: the ``depth_scale`` of the samples.
-        first: the first file.
+        first: the first file by name.
     """
 
     name: str
@@ -123,7 +123,7 @@ def _add_map(
         facts.scales.add(float(sample["depth_scale"]))
         facts.saturated += 0 if step.saturation_is_depth else int(is_saturated(stored).sum())
         facts.white += int((stored == _WHITE).sum()) if stored.dtype == np.uint8 else 0
-    facts.first = facts.first or path
+    facts.first = min(facts.first or path, path)
     with np.errstate(invalid="ignore"):
         measured = depth[np.isfinite(depth) & ((depth >= 0) if zero_is_valid else (depth > 0))]
     facts.pixels += depth.size
@@ -176,7 +176,7 @@ def judge_depths(
         effect = "they teach nothing" if is_training else "they do not count in the score"
         report.warnings.append(
             f"{name}: {len(facts.empty)} of {chosen.seen} maps hold no measured pixel, first "
-            f"{facts.empty[0]}: {effect}"
+            f"{min(facts.empty)}: {effect}"
         )
     if facts.white > _SOME * facts.pixels:
         report.warnings.append(

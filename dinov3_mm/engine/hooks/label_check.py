@@ -256,7 +256,7 @@ def _metric_ranges(runner, split: str) -> Iterator[Range]:
     for metric in loop.evaluator.metrics:
         if hasattr(metric, "range"):
             low, high = metric.range
-            is_aligned = metric.align is not None
+            is_aligned = getattr(metric, "align", None) is not None
             yield Range(low, high, f"{split}_evaluator.max_depth", is_aligned)
         elif hasattr(metric, "max_height"):
             # A height of 0 counts.

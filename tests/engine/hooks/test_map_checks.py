@@ -8,9 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, ConcatDataset, RepeatDataset
 from mmengine.registry import DATASETS, METRICS, DefaultScope
 
-from tests.acceptance.label_cases import CASES, config_of, is_right, logged, outcome, write_folder
+from dinov3_mm.datasets import LoadLabelMap
+from dinov3_mm.datasets.label_audit import step_of
+from tests.acceptance.label_cases import (
+    CASES,
+    CONFIGS,
+    config_of,
+    is_right,
+    logged,
+    outcome,
+    write_folder,
+)
 from tests.hosts.lane import require_hosts
 
 require_hosts()
@@ -130,6 +142,28 @@ def test_maps_missing_from_a_data_set_of_mmseg(tmp_path):
         )
     with pytest.raises(ValueError, match=r"validation: 1 of 2 maps cannot be read, first .*1\.png"):
         LabelCheckHook().before_train(runner_of(cfg, root))
+
+
+def test_loading_steps_of_augmented_tests_are_found():
+    cfg = Config.fromfile(CONFIGS / "segmentation/mask2former_vitb16_coco-stuff.py")
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        dataset = SimpleNamespace(pipeline=Compose(cfg.tta_pipeline))
+    # Not one with the defaults, whose None follows the data set.
+    assert step_of(dataset, LoadLabelMap).reduce_zero_label is False
+    assert step_of(SimpleNamespace(pipeline=None), LoadLabelMap).reduce_zero_label is None
+
+
+def test_data_sets_in_wrappers(tmp_path):
+    case = next(case for case in CASES["segmentation"] if case.name == "0 and 255")
+    root, cfg = (
+        write_folder("segmentation", case, tmp_path / "data"),
+        config_of("segmentation", case),
+    )
+    runner = runner_of(cfg, root)
+    data = runner.train_dataloader.dataset
+    runner.train_dataloader.dataset = RepeatDataset(ConcatDataset([data, data]), times=3)
+    with pytest.raises(ValueError, match="training: all 8 maps hold the values 0"):
+        LabelCheckHook().before_train(runner)
 
 
 def test_a_height_of_zero_is_not_what_was_not_measured(tmp_path):
