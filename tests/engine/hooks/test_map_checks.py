@@ -155,15 +155,13 @@ def test_loading_steps_of_augmented_tests_are_found():
 
 def test_data_sets_in_wrappers(tmp_path):
     case = next(case for case in CASES["segmentation"] if case.name == "0 and 255")
-    root, cfg = (
-        write_folder("segmentation", case, tmp_path / "data"),
-        config_of("segmentation", case),
-    )
-    runner = runner_of(cfg, root)
+    root = write_folder("segmentation", case, tmp_path / "data")
+    runner = runner_of(config_of("segmentation", case), root)
     data = runner.train_dataloader.dataset
-    runner.train_dataloader.dataset = RepeatDataset(ConcatDataset([data, data]), times=3)
-    with pytest.raises(ValueError, match="training: all 8 maps hold the values 0"):
-        LabelCheckHook().before_train(runner)
+    for wrapper, count in ((ConcatDataset([data, data]), 8), (RepeatDataset(data, times=3), 4)):
+        runner.train_dataloader.dataset = wrapper
+        with pytest.raises(ValueError, match=f"training: all {count} maps hold the values 0"):
+            LabelCheckHook().before_train(runner)
 
 
 def test_a_height_of_zero_is_not_what_was_not_measured(tmp_path):
