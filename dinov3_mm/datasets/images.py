@@ -207,6 +207,11 @@ def read_size(path: str) -> tuple[int, int]:
     Raises:
         BrokenImageError: If the header cannot be read.
     """
+    return read_frame(path)[0]
+
+
+def read_frame(path: str) -> tuple[tuple[int, int], int]:
+    """As :func:`read_size`, with the EXIF orientation by which the stored pixels are turned."""
     start = b""
     try:
         with open(path, "rb") as file:
@@ -214,10 +219,10 @@ def read_size(path: str) -> tuple[int, int]:
             file.seek(0)
             with opened(file) as image:
                 _check_depth(image, UNCHANGED_ADVICE)
-                return displayed_size(image)
+                return displayed_size(image), orientation_of(image)
     except UnidentifiedImageError as error:
         if start.startswith(TIFF_STARTS):
-            return _other_tiff_size(path)
+            return _other_tiff_size(path), 1
         raise BrokenImageError(str(path), explain(error, start)) from error
     except Exception as error:  # decoders raise anything on damaged bytes
         raise BrokenImageError(str(path), explain(error, start)) from error

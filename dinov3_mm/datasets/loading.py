@@ -4,6 +4,7 @@ In place of the hosts' ``LoadImageFromFile`` and ``LoadAnnotations``, whose pixe
 decoder that is chosen, and which do not name a file that they cannot read.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -23,6 +24,9 @@ _MAX_IN_A_ROW = 50
 # Counters, so that worker processes need no lock; those of more workers share some.
 _COUNTERS = 64
 _IGNORED = 255
+_SHOWN_COLORS = 4
+
+Palette = Sequence[int | Sequence[int]]
 
 
 class UnreadableFiles:
@@ -126,27 +130,38 @@ class LoadLabelMap:
     """Adds ``gt_seg_map`` (H, W), uint8, from ``seg_map_path``, unless the sample has it.
 
     Takes the place of mmseg's ``LoadAnnotations``. Values are those of the file, of a palette the
-    indices. A map of the size of the stored image is turned with it, one that only fits the turned
-    image stays.
+    indices; three equal channels are one. With ``palette`` the colours of the file are looked up in
+    it instead, whether it stores them by pixel or in a palette of its own; a grey ``v`` is the
+    colour ``(v, v, v)``. Alpha is dropped if it is the same everywhere. A map of the size of the
+    stored image is turned with it, one that only fits the turned image stays.
 
     Args:
         reduce_zero_label: label 0 becomes 255, n becomes n - 1; None as the data set says.
+        palette: colour (red, green, blue) of each class, or its grey, in the order of the classes;
+            None as the data set says (``label_colors`` of a sample), or the values are labels.
+        ignored_colors: colours that become 255, such as that of borders.
         broken: 'error' or 'replace', see :class:`UnreadableFiles`.
         backend_args: passed on to :func:`mmengine.fileio.get`.
 
     Raises:
         BrokenImageError: on use, if a file cannot be read.
-        ValueError: on use, if it is no label map, or does not have the size of the image.
+        ValueError: if the palette is none; on use, if a file is no label map, holds a colour that
+            the palette lacks, or does not have the size of the image.
     """
 
     def __init__(
         self,
         *,
         reduce_zero_label: bool | None = None,
+        palette: Palette | None = None,
+        ignored_colors: Palette = (),
         broken: str = "error",
         backend_args: dict | None = None,
     ) -> None:
         self.reduce_zero_label = reduce_zero_label
+        self.palette = None if palette is None else as_colors(palette, ignored_colors)
+        if palette is None and ignored_colors:
+            raise ValueError("LoadLabelMap: ignored_colors needs palette, the colours of classes")
         self.backend_args = backend_args
         self.unreadable = UnreadableFiles(broken)
 
@@ -155,17 +170,27 @@ class LoadLabelMap:
             return results
         path = results["seg_map_path"]
         try:
-            stored = decode_map(get_bytes(path, self.backend_args), str(path), palette=True)
+            stored = self.read(results)
         except BrokenImageError as error:
             return self.unreadable.handle(error)
         self.unreadable.loaded()
-        _check_labels(stored, path)
         labels = fit_map(stored, path, results)
-        results["gt_seg_map"] = self._table(results)[labels.astype(np.uint8)]
+        results["gt_seg_map"] = self.table(results)[labels]
         results["seg_fields"] = [*results.get("seg_fields", []), "gt_seg_map"]
         return results
 
-    def _table(self, results: dict[str, Any]) -> np.ndarray:
+    def read(self, results: Mapping[str, Any]) -> np.ndarray:
+        """Labels (H, W), uint8, of a sample's file, before :meth:`table`; raises as on use."""
+        path = results["seg_map_path"]
+        colors = self.palette or results.get("label_colors")
+        data = get_bytes(path, self.backend_args)
+        stored = _flat(decode_map(data, str(path), palette=colors is None), path)
+        if colors is not None:
+            return _looked_up(stored, colors, path)
+        _check_labels(stored, path)
+        return stored.astype(np.uint8)
+
+    def table(self, results: Mapping[str, Any]) -> np.ndarray:
         """(256,) label of training for each stored one."""
         stated = results.get("reduce_zero_label", False)
         reduce = stated if self.reduce_zero_label is None else self.reduce_zero_label
@@ -187,8 +212,34 @@ class LoadLabelMap:
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(reduce_zero_label={self.reduce_zero_label}, "
-            f"broken={self.unreadable.broken!r}, backend_args={self.backend_args})"
+            f"palette={self.palette}, broken={self.unreadable.broken!r}, "
+            f"backend_args={self.backend_args})"
         )
+
+
+def as_colors(palette: Palette, ignored: Palette = ()) -> dict[tuple[int, int, int], int]:
+    """Label of each colour (red, green, blue): its place in the palette, 255 for ignored ones.
+
+    Args:
+        palette: colours, or greys, in the order of the classes.
+        ignored: colours of no class.
+
+    Raises:
+        ValueError: If an entry is no colour, or is there twice.
+    """
+    labels: dict[tuple[int, int, int], int] = {}
+    entries = [*enumerate(palette), *((_IGNORED, entry) for entry in ignored)]
+    for label, entry in entries:
+        color = (entry,) * 3 if isinstance(entry, int) else tuple(entry)
+        if len(color) != 3 or not all(isinstance(v, int) and 0 <= v < 256 for v in color):
+            raise ValueError(
+                f"the palette holds {entry!r}; expected [red, green, blue] or a grey of each class,"
+                " from 0 to 255"
+            )
+        if color in labels:
+            raise ValueError(f"the palette holds {color} twice; a colour stands for one class")
+        labels[color] = label
+    return labels
 
 
 def get_bytes(path: str, backend_args: dict | None = None) -> bytes:
@@ -223,18 +274,84 @@ def fit_map(values: np.ndarray, path: str, results: dict[str, Any]) -> np.ndarra
     )
 
 
+def _flat(stored: np.ndarray, path: str) -> np.ndarray:
+    """(H, W), or (H, W, 3) for colours; without alpha."""
+    if stored.ndim == 3 and stored.shape[2] in (2, 4):
+        alpha = stored[..., -1]
+        if alpha.min() != alpha.max():
+            raise ValueError(
+                f"{path} has an alpha channel from {alpha.min()} to {alpha.max()}: what is labelled"
+                " where it is transparent is not clear; store it without alpha, the transparent "
+                "parts in the colour of their class"
+            )
+        stored = stored[..., 0] if stored.shape[2] == 2 else stored[..., :3]
+    if stored.ndim == 3 and stored.shape[2] in (1, 3):
+        first = stored[..., :1]
+        if np.array_equal(stored, np.broadcast_to(first, stored.shape)):
+            return stored[..., 0]
+    return stored
+
+
+def _looked_up(
+    stored: np.ndarray, colors: Mapping[tuple[int, int, int], int], path: str
+) -> np.ndarray:
+    """Labels (H, W), uint8, of the colours of a map."""
+    if stored.dtype == bool:
+        stored = stored.astype(np.uint8) * 255
+    if stored.dtype.kind not in "ui" or (stored.ndim, stored.shape[2:]) not in ((2, ()), (3, (3,))):
+        raise ValueError(
+            f"{path} holds {stored.dtype.name} values of the shape {stored.shape}; a palette is for"
+            " colours or greys of 8 bits"
+        )
+    parts = stored.astype(np.int64)
+    codes = parts * 0x010101 if stored.ndim == 2 else parts @ np.array([0x10000, 0x100, 1])
+    if stored.ndim == 2:  # a wider grey would be the code of a colour
+        codes[(parts < 0) | (parts > _IGNORED)] = -1
+    known = {red << 16 | green << 8 | blue: label for (red, green, blue), label in colors.items()}
+    order = np.array(sorted(known))
+    place = np.searchsorted(order, codes).clip(max=len(order) - 1)
+    unknown = order[place] != codes
+    if unknown.any():
+        raise ValueError(
+            f"{path} holds colours that the palette does not name: {_colors(stored, unknown)}; add "
+            "them to palette, or to ignored_colors if they are no class"
+        )
+    return np.array([known[code] for code in order], np.uint8)[place]
+
+
+def _colors(stored: np.ndarray, where: np.ndarray) -> str:
+    """The most frequent colours of a map where a mask holds, with their share of the map."""
+    chosen = stored[where]
+    values, counts = np.unique(chosen, axis=0, return_counts=True)
+    order = np.argsort(-counts)
+    shown = ", ".join(
+        f"{values[i].tolist()} ({counts[i] / where.size:.1%})" for i in order[:_SHOWN_COLORS]
+    )
+    rest = len(values) - _SHOWN_COLORS
+    return shown + (f" and {rest} more" if rest > 0 else "")
+
+
 def _check_labels(values: np.ndarray, path: str) -> None:
+    if values.ndim == 3 and values.shape[2] == 3:
+        every = np.ones(values.shape[:2], bool)
+        raise ValueError(
+            f"{path} holds colours: {_colors(values, every)}; a label map has one channel with the "
+            "class of each pixel. Give the colours in the order of the classes: "
+            "palette=[[R, G, B], ...] of SegmentationFolder or LoadLabelMap, in training, "
+            "validation and test"
+        )
     if values.ndim != 2:
         raise ValueError(
             f"{path} has the shape {values.shape}; a label map has one channel (H, W) with the "
-            "class of each pixel, colours are no classes"
+            "class of each pixel"
         )
     if values.dtype.kind not in "bui":
         raise ValueError(f"{path} holds {values.dtype.name} values; labels are whole numbers")
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > _IGNORED:
         raise ValueError(
-            f"{path} holds labels from {low} to {high}; expected 0 to {_IGNORED}, which is ignored"
+            f"{path} holds labels from {low} to {high}; expected 0 to {_IGNORED}, which is ignored:"
+            " number the classes from 0, and store what belongs to none as 255"
         )
 
 

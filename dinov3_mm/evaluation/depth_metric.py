@@ -1,9 +1,11 @@
 """Metrics of depth maps for MMEngine's evaluator: per image, averaged over images."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from mmengine.evaluator import BaseMetric
+from mmengine.logging import print_log
 from mmengine.registry import METRICS
 from torch import Tensor
 from torch.nn import functional as F
@@ -86,6 +88,14 @@ class DINOv3DepthMetric(BaseMetric):
             raise ValueError(
                 f"none of {len(results)} images has a depth between {self.range[0]} and "
                 f"{self.range[1]}: look at the data set's depth_scale and the metric's range"
+            )
+        without = int(table.isnan().all(1).sum())
+        if without:
+            print_log(
+                f"{without} of {len(results)} images have no depth between {self.range[0]} and "
+                f"{self.range[1]} and do not count in the score",
+                logger="current",
+                level=logging.WARNING,
             )
         means = table.double().nanmean(0).tolist()
         return dict(zip(self.scores, means))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from dinov3_mm.datasets import BrokenImageError, LoadLabelMap, LoadMissingImage
 from dinov3_mm.datasets.depth import LoadDepthMap
-from dinov3_mm.datasets.loading import UnreadableFiles
+from dinov3_mm.datasets.loading import UnreadableFiles, as_colors
 from tests.acceptance.image_kinds import encoded, exif
 from tests.datasets.photos import photo
 
@@ -73,7 +73,10 @@ def test_maps_of_another_size_are_refused(tmp_path, loader, orientation):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.zeros((HEIGHT, WIDTH, 3), np.uint8), r"shape \(40, 60, 3\); a label map has one chan"),
+        (
+            np.tile(np.array([9, 8, 7], np.uint8), (HEIGHT, WIDTH, 1)),
+            r"a\.png holds colours: \[9, 8, 7\] \(100\.0%\); a label map has one channel",
+        ),
         (np.full((HEIGHT, WIDTH), 300, np.uint16), "holds labels from 300 to 300; expected 0 to"),
     ],
 )
@@ -91,6 +94,82 @@ def test_labels_of_palettes_are_indices(tmp_path):
     assert np.array_equal(LoadLabelMap()(sample)["gt_seg_map"], indices)
     with pytest.raises(ValueError, match="colour picture of depth"):
         LoadDepthMap()(sample)
+
+
+TRUTH = (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 3).astype(np.uint8)
+COLORS = np.array([(0, 0, 0), (128, 64, 0), (255, 255, 255)], np.uint8)
+COLOURED = COLORS[TRUTH]
+GREYS = np.array([0, 77, 255], np.uint8)
+OPAQUE = np.full((HEIGHT, WIDTH, 1), 200, np.uint8)
+
+
+def indexed(order):
+    """A paletted image whose indices are numbered in some order."""
+    image = Image.fromarray(np.argsort(order).astype(np.uint8)[TRUTH])
+    image.putpalette(COLORS[list(order)].ravel().tolist())
+    return image
+
+
+@pytest.mark.parametrize(
+    ("stored", "palette"),
+    [
+        (COLOURED, COLORS.tolist()),
+        (np.concatenate((COLOURED, OPAQUE), axis=2), COLORS.tolist()),
+        (indexed((0, 1, 2)), COLORS.tolist()),
+        (indexed((2, 0, 1)), COLORS.tolist()),
+        (GREYS[TRUTH], [0, 77, [255, 255, 255]]),
+        (np.repeat(GREYS[TRUTH][..., None], 3, axis=2), [0, 77, 255]),
+        (np.repeat(TRUTH[..., None], 3, axis=2), None),
+        (np.repeat(np.concatenate((TRUTH[..., None], OPAQUE), 2), (3, 1), axis=2), None),
+        (Image.merge("LA", [Image.fromarray(c) for c in (TRUTH, OPAQUE[..., 0])]), None),
+        (indexed((0, 1, 2)), None),
+        (TRUTH.astype(np.uint16), None),
+    ],
+    ids=lambda value: getattr(value, "mode", None) or str(getattr(value, "shape", "palette")),
+)
+def test_colours_become_the_classes_in_their_order(tmp_path, stored, palette):
+    sample = LoadMissingImage()(labelled(tmp_path, 1, stored))
+    assert np.array_equal(LoadLabelMap(palette=palette)(dict(sample))["gt_seg_map"], TRUTH)
+    if palette is not None:  # as the data set gives it
+        sample["label_colors"] = as_colors(palette)
+        assert np.array_equal(LoadLabelMap()(sample)["gt_seg_map"], TRUTH)
+
+
+def test_one_bit_maps_are_black_and_white_to_a_palette(tmp_path):
+    sample = LoadMissingImage()(labelled(tmp_path, 1, Image.fromarray(TRUTH == 1)))
+    assert np.array_equal(LoadLabelMap()(dict(sample))["gt_seg_map"], TRUTH == 1)
+    painted = LoadLabelMap(palette=[0, 255])(sample)["gt_seg_map"]
+    assert np.array_equal(painted, TRUTH == 1)
+
+
+def test_colours_of_no_class(tmp_path):
+    sample = LoadMissingImage()(labelled(tmp_path, 1, COLOURED))
+    two = COLORS[:2].tolist()
+    message = (
+        r"a\.png holds colours that the palette does not name: \[255, 255, 255\] \(33\.3%\); add"
+    )
+    with pytest.raises(ValueError, match=message):
+        LoadLabelMap(palette=two)(dict(sample))
+    labels = LoadLabelMap(palette=two, ignored_colors=[255])(dict(sample))["gt_seg_map"]
+    assert np.array_equal(labels, np.where(TRUTH == 2, 255, TRUTH))
+    deep = LoadMissingImage()(labelled(tmp_path, 1, np.full((HEIGHT, WIDTH), 0x8040, np.uint16)))
+    with pytest.raises(ValueError, match=r"does not name: 32832 \(100\.0%\)"):
+        LoadLabelMap(palette=[0, [0, 0x80, 0x40]])(deep)
+
+
+@pytest.mark.parametrize(
+    ("palette", "message"),
+    [
+        ([[0, 0, 0], 0], r"holds \(0, 0, 0\) twice"),
+        ([[0, 0]], r"holds \[0, 0\]; expected \[red, green, blue\]"),
+        ([256], "holds 256; expected"),
+    ],
+)
+def test_palettes_that_are_none(palette, message):
+    with pytest.raises(ValueError, match=message):
+        LoadLabelMap(palette=palette)
+    with pytest.raises(ValueError, match="ignored_colors needs palette"):
+        LoadLabelMap(ignored_colors=[0])
 
 
 def test_label_values_are_mapped_as_mmseg_maps_them(tmp_path):

@@ -49,6 +49,34 @@ def test_refusals(root):
         SegmentationFolder(str(root), "train")
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "sky 70 130 180\nroad 128 64 128\ntree, tall 0 128 0\n",
+        "name,r,g,b\nsky,70,130,180\nroad,128,64,128\n'tree, tall',0,128,0\n",
+        "# label:color_rgb:parts\nsky:70,130,180::\nroad:128,64,128::\ntree, tall:0,128,0::",
+    ],
+)
+def test_colours_of_the_class_file(root, lines):
+    (root / "classes.txt").write_text(lines.replace("'", ""), encoding="utf-8")
+    data = SegmentationFolder(str(root), "train", palette="from_file", ignored_colors=[9])
+    assert data.metainfo["classes"] == ("sky", "road", "tree, tall")
+    assert data.metainfo["palette"] == [[70, 130, 180], [128, 64, 128], [0, 128, 0]]
+    colors = {(70, 130, 180): 0, (128, 64, 128): 1, (0, 128, 0): 2, (9, 9, 9): 255}
+    assert data.get_data_info(0)["label_colors"] == colors
+
+
+def test_colours_that_are_not_there(root):
+    with pytest.raises(ValueError, match=r"classes\.txt has no colour in 'sky'; expected lines"):
+        SegmentationFolder(str(root), "train", palette="from_file")
+    with pytest.raises(ValueError, match="palette is 'file'; expected a list of colours, or 'from"):
+        SegmentationFolder(str(root), "train", palette="file")
+    with pytest.raises(ValueError, match=r"palette has 2 colours, .*classes\.txt 3 classes"):
+        SegmentationFolder(str(root), "train", palette=[0, 255])
+    data = SegmentationFolder(str(root), "train", palette=[0, 9, [1, 2, 3]])
+    assert data.metainfo["palette"] == [[0, 0, 0], [9, 9, 9], [1, 2, 3]]
+
+
 def test_no_labels(root):
     for path in (root / "labels/train").rglob("*.png"):
         path.unlink()

@@ -12,6 +12,7 @@ from dinov3_mm.evaluation.depth_scores import (
     scale_and_shift,
     valid_depth,
 )
+from tests.acceptance.label_cases import logged
 from tests.golden import load_golden
 
 
@@ -61,7 +62,10 @@ def test_images_count_the_same_and_empty_ones_do_not():
     metric = DINOv3DepthMetric(["mae"])
     one, two, empty = torch.full((4, 4), 2.0), torch.full((8, 8), 2.0), torch.zeros(4, 4)
     metric.process({}, [sample(one + 1, one), sample(two + 2, two), sample(one, empty)])
-    assert metric.evaluate(3) == {"depth/mae": pytest.approx(1.5)}
+    with logged() as lines:
+        assert metric.evaluate(3) == {"depth/mae": pytest.approx(1.5)}
+    message = "1 of 3 images have no depth between 0.001 and 10.0 and do not count in the score"
+    assert lines.warnings == [message]
 
 
 def test_predictions_are_resized_and_limited_to_the_range():

@@ -28,14 +28,19 @@ model = dict(
 
 train_pipeline = [
     dict(type='LoadMissingImage', to_float32=True, broken='replace'),
-    dict(type='LoadDepthMap', broken='replace'),
+    dict(type='LoadDepthMap', nodata_depth=-1, broken='replace'),
     dict(type='RandomFlip', prob=0.5, direction=['horizontal', 'vertical']),
     dict(type='RandomCrop', crop_size=(448, 448)),
     dict(type='RandomGammaBrightness', prob=0.5),
     dict(type='PackSegInputs'),
 ]
+test_pipeline = [
+    dict(type='LoadMissingImage', to_float32=True),
+    dict(type='LoadDepthMap', nodata_depth=-1),
+    dict(type='PackSegInputs'),
+]
 train_dataloader = dict(dataset=dict(data_root='data/canopy', depth_scale=1.0, pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(data_root='data/canopy', depth_scale=1.0))
+val_dataloader = dict(dataset=dict(data_root='data/canopy', depth_scale=1.0, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 # The published R^2 is of blocks whose size is not known to us.
 val_evaluator = dict(_delete_=True, type='DINOv3CanopyMetric', block_size=50, max_height=96.0)

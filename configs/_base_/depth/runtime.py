@@ -17,7 +17,7 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1600, max_keep_ckpts=1),
     sampler_seed=dict(type='DistSamplerSeedHook'),
 )
-custom_hooks = [dict(type='FrozenBackboneHook')]
+custom_hooks = [dict(type='FrozenBackboneHook'), dict(type='DepthCheckHook')]
 
 env_cfg = dict(
     cudnn_benchmark=False,

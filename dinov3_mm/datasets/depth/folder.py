@@ -1,8 +1,10 @@
 """Depth of one's own: a folder of images, and one of depth maps with the same names."""
 
+import logging
 from typing import Any, ClassVar
 
 from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 from dinov3_mm.datasets.image_files import files_by_name, image_extensions
@@ -15,7 +17,7 @@ class DepthFolderDataset(BaseDataset):
     """Images and depth maps that are called the same, up to the suffix, in two folders.
 
     Subfolders and links are searched, hidden entries are not. Maps are PNG of 8 or 16 bits, TIFF
-    or ``.npy``; see :class:`LoadDepthMap`.
+    or ``.npy``; see :class:`LoadDepthMap`. Maps without an image are left out and counted.
 
     Args:
         data_root: folder of the data set.
@@ -55,6 +57,14 @@ class DepthFolderDataset(BaseDataset):
                 f"{len(missing)} of {len(images)} images have no depth map in "
                 f"{self.data_prefix['depth_map_path']}, e.g. {', '.join(missing[:3])}; expected "
                 f"the same name with one of {', '.join(DEPTH_SUFFIXES)}"
+            )
+        alone = sorted(set(maps) - set(images))
+        if alone:
+            print_log(
+                f"{len(alone)} of {len(maps)} depth maps in {self.data_prefix['depth_map_path']} "
+                f"have no image and are left out, e.g. {alone[0]}",
+                logger="current",
+                level=logging.WARNING,
             )
         return [
             {

@@ -11,7 +11,7 @@ from .frozen_backbone import FrozenBackboneHook
 from .gram_anchor import GramAnchorHook
 from .guards import CollapseGuardHook, NonFiniteGuardHook
 from .host_checkpoint import HostCheckpointHook
-from .label_check import LabelCheckHook
+from .label_check import DepthCheckHook, LabelCheckHook
 from .logging import ProgressHook
 from .per_student import PerStudentHook
 from .resume import ResumeHook
@@ -23,6 +23,7 @@ __all__ = [
     "ClassCheckHook",
     "CollapseGuardHook",
     "DenseProbeHook",
+    "DepthCheckHook",
     "DiagnosisHook",
     "DistillationHook",
     "ExportTeacherHook",

@@ -20,6 +20,7 @@ from dinov3_mm.datasets.depth import (
 )
 from dinov3_mm.datasets.depth.loading import read_depth_map
 from dinov3_mm.datasets.images import BrokenImageError
+from tests.acceptance.label_cases import logged
 from tests.golden import assert_parity, load_golden
 
 
@@ -47,7 +48,7 @@ def test_nyu_list_is_sorted_and_read_in_metres(tmp_path):
     assert info["img_path"] == str(tmp_path / "bath/rgb_1.jpg")
     depth = LoadDepthMap()(info)["gt_depth_map"]
     assert depth.dtype == np.float32
-    np.testing.assert_allclose(depth, [[0, 1.5], [2, 65.535]])
+    np.testing.assert_allclose(depth, [[0, 1.5], [2, 0]])
 
 
 def test_kitti_list_has_two_roots_and_gaps(tmp_path):
@@ -83,6 +84,12 @@ def test_folder(tmp_path):
     np.save(tmp_path / "depth/room/b.npy", np.full((4, 4), 3000.0))
     dataset = DepthFolderDataset(data_root=str(tmp_path), pipeline=[LoadDepthMap()])
     assert [float(dataset[i]["gt_depth_map"][0, 0]) for i in range(2)] == [2.5, 3.0]
+    write_map(tmp_path / "depth/alone.png", np.full((2, 3), 2500))
+    with logged() as lines:
+        assert len(DepthFolderDataset(data_root=str(tmp_path))) == 2
+    assert lines.warnings == [
+        f"1 of 3 depth maps in {tmp_path / 'depth'} have no image and are left out, e.g. alone"
+    ]
     (tmp_path / "depth/a.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 2 images have no depth map.*e\.g\. a"):
         DepthFolderDataset(data_root=str(tmp_path))
@@ -107,6 +114,26 @@ def test_values_that_stand_for_nothing(tmp_path):
     load = LoadDepthMap(nodata=-9999, nodata_depth=-1)
     info = {"img_path": "a", "depth_map_path": path, "depth_scale": 1.0}
     np.testing.assert_array_equal(load(info)["gt_depth_map"], [[-1, 0], [12.5, 3]])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".npy"])
+def test_65535_of_16_bits_means_nothing_measured(tmp_path, suffix):
+    values, path = np.array([[65535, 65534], [0, 1000]], np.uint16), tmp_path / f"a{suffix}"
+    np.save(path, values) if suffix == ".npy" else write_map(path, values)
+    info = {"img_path": "a", "depth_map_path": path, "depth_scale": 1000.0}
+
+    def depth(**options):
+        return LoadDepthMap(**options)(dict(info))["gt_depth_map"]
+
+    np.testing.assert_allclose(depth(), [[0, 65.534], [0, 1]])
+    np.testing.assert_allclose(depth(nodata_depth=-1), [[-1, 65.534], [0, 1]])
+    np.testing.assert_allclose(depth(saturation_is_depth=True), values / 1000)
+
+
+def test_65535_of_wider_maps_is_a_depth(tmp_path):
+    path = write_map(tmp_path / "a.tif", [[65535, 70000]], np.float32)
+    info = {"img_path": "a", "depth_map_path": path, "depth_scale": 1000.0}
+    np.testing.assert_allclose(LoadDepthMap()(info)["gt_depth_map"], [[65.535, 70]])
 
 
 def test_files_that_are_no_depth_maps(tmp_path):
