@@ -12,7 +12,7 @@ from dinov3_mm.checkpoints.model_hub import parse_hub_name
 from dinov3_mm.checkpoints.released import located
 from dinov3_mm.checkpoints.statistics import Statistics, find_statistics
 from dinov3_mm.datasets.image_files import is_hidden
-from dinov3_mm.engine.coco_config import set_coco_root
+from dinov3_mm.engine.coco_config import SPLITS, set_coco_root
 from dinov3_mm.engine.config import ConfigError
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -77,8 +77,21 @@ def set_data_root(cfg: Config, folder: str, *, count_classes: bool = True) -> No
         for key, value in part.items():
             if isinstance(value, str):
                 part[key] = _moved(value, roots, path)
+    _find_split_folders(parts)
     if count_classes:
         _set_num_classes(cfg)
+
+
+def _find_split_folders(parts: list) -> None:
+    """Take a folder ``valid`` for ``val``, and so on, where that is what there is."""
+    for part in _dicts(parts):
+        prefix = part.get("data_prefix")
+        if part.get("type") not in _FOLDER_SETS or not isinstance(prefix, str):
+            continue
+        names = next((names for names in SPLITS.values() if prefix in names), ())
+        found = [name for name in names if (Path(part["data_root"]) / name).is_dir()]
+        if prefix not in found and len(found) == 1:
+            part["data_prefix"] = found[0]
 
 
 def set_num_outputs(cfg: Config, classes: Sequence[str]) -> list[str]:
@@ -104,7 +117,8 @@ def _set_num_classes(cfg: Config) -> None:
     classes = [item.name for item in entries if item.is_dir() and not is_hidden(item.name)]
     classes = (dataset.get("metainfo") or {}).get("classes") or classes
     if len(classes) < 2:
-        raise ConfigError(f"--data: expected one folder a class in {images}, found {len(classes)}")
+        found = f"{len(classes)} ({classes[0]})" if classes else "0"
+        raise ConfigError(f"--data: expected one folder a class in {images}, found {found}")
     for part in _dicts(cfg.model):
         if "num_classes" in part:
             part["num_classes"] = len(classes)
