@@ -1,5 +1,7 @@
 """Folders of images as a data set of mmpretrain: one folder a class."""
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ class ClassificationFolder(BaseDataset):
             )
         self.class_folders = folder.classes
         numbers = self._numbers(folder)
+        _say_how_deep(folder)
         entries = []
         for index in range(len(folder)):
             label = numbers[folder.label(index)]
@@ -109,3 +112,18 @@ class ClassificationFolder(BaseDataset):
     def get_cat_ids(self, idx: int) -> list[int]:
         """Class of a sample, for samplers that balance them."""
         return [int(self.get_data_info(idx)["gt_label"])]
+
+
+def _say_how_deep(folder: ImageFolder) -> None:
+    """Log that folders inside those of the classes are no classes, where there are several."""
+    inner: dict[int, str] = {}
+    for index in range(len(folder)):
+        below = os.path.dirname(os.path.relpath(folder.path(index), folder.root))
+        if os.sep in below and inner.setdefault(folder.label(index), below) != below:
+            print_log(
+                f"{folder.root}: folders inside a class folder are no classes: {below} and "
+                f"{inner[folder.label(index)]} are both {below.split(os.sep)[0]!r}",
+                logger="current",
+                level=logging.WARNING,
+            )
+            return

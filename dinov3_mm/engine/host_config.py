@@ -30,7 +30,10 @@ def is_host_config(cfg: Mapping) -> bool:
 
 def is_classifier(cfg: Mapping) -> bool:
     """Whether the model of a config is mmpretrain's image classifier."""
-    return (cfg.get("model") or {}).get("type") in _CLASSIFIERS
+    model = cfg.get("model") or {}
+    while "module" in model:  # of test-time augmentation
+        model = model["module"]
+    return model.get("type") in _CLASSIFIERS
 
 
 # The initializers that load weights: of backbones, and of heads.

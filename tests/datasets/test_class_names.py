@@ -111,3 +111,18 @@ def test_folders_are_renamed_in_their_order_where_no_name_agrees(tmp_path):
     assert labels_by_folder(data) == {"ant": 0, "bee": 1, "cat": 2, "dog": 3}
     with pytest.raises(ClassNameError, match=r"nearest 'Dog'"):  # other case, other order
         folder(tmp_path, classes=("Dog", "Cat", "Bee", "Ant"))
+
+
+def test_folders_inside_class_folders_are_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "dinov3_mm.datasets.classification.print_log", lambda line, **_: said.append(line)
+    )
+    for name in ("pets", "plants"):
+        paint(tmp_path / name, {"images": "ant"})
+    assert folder(tmp_path).metainfo["classes"] == ("pets", "plants") and not said
+    paint(tmp_path / "pets", {"cats": "cat"})
+    assert len(folder(tmp_path)) == 18
+    assert "pets/images and pets/cats are both 'pets'" in said[0].replace(
+        "pets/cats and pets/images", "pets/images and pets/cats"
+    )

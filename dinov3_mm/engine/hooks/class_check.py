@@ -11,7 +11,7 @@ import numpy as np
 from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 
 from dinov3_mm.datasets.class_names import (
@@ -182,7 +182,10 @@ def _checked_labels(runner, dataset: Any, where: str) -> np.ndarray | None:
 
 
 def _outputs(runner, part: str) -> int | None:
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = runner.model
+    # Wrapped for several processes, for augmented tests, or for both.
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
     return getattr(getattr(model, part, None), "num_classes", None)
 
 
