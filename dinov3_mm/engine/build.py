@@ -67,7 +67,8 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     runner.register_hook(ResumeHook(copy.deepcopy(cfg), meta))
     if is_host_config(cfg):
         runner.register_hook(ScheduleCheckHook())
-        if is_classifier(cfg) and not any(isinstance(h, ClassCheckHook) for h in runner.hooks):
+        has_classes = is_classifier(cfg) or cfg.get("default_scope") == "mmseg"
+        if has_classes and not any(isinstance(hook, ClassCheckHook) for hook in runner.hooks):
             runner.register_hook(ClassCheckHook())
     for line in (*notes, *lines):
         runner.logger.info(line)

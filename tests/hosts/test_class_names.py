@@ -143,13 +143,16 @@ def segmentor(folder: Path, backbone: Path) -> Config:
     return cfg
 
 
-def test_segmentors_are_tested_by_name(tmp_path):
+def test_segmentors_are_validated_and_tested_by_name(tmp_path):
     backbone = export_backbone(quickstart_backbone(), tmp_path / "toy.safetensors")
-    for split in ("train", "val"):
-        write_maps(tmp_path / "four", class_names.FOUR, split)
+    write_maps(tmp_path / "four", class_names.FOUR, "train")
+    write_maps(tmp_path / "another order", class_names.FOUR[::-1])
     cfg = segmentor(tmp_path / "four", backbone)
+    cfg.val_dataloader.dataset.data_root = str(tmp_path / "another order")
     torch.manual_seed(0)
-    build_runner(cfg.copy()).train()
+    runner = build_runner(cfg)
+    runner.train()
+    validated = runner.message_hub.get_scalar("val/mIoU").current()
     checkpoint = str(tmp_path / "four/run/iter_20.pth")
     scores = {}
     for case, classes in {
@@ -162,6 +165,7 @@ def test_segmentors_are_tested_by_name(tmp_path):
         scores[case] = testing.test(build_tester(other, checkpoint))["mIoU"]
     assert scores["as trained"] > 90
     assert scores["another order"] == pytest.approx(scores["as trained"])
+    assert validated == pytest.approx(scores["as trained"])
     assert scores["one more, one less"] > 60  # what is taken for the class that is not there counts
     (tmp_path / "as trained/classes.txt").write_text("ant\nbee\ncatt\ndog\n")
     with pytest.raises(ConfigError, match=r"has 'catt' \(nearest 'cat'\); the checkpoint has no"):

@@ -1,4 +1,4 @@
-"""The classes of the data sets and the outputs of a classifier must be the same."""
+"""The classes of the data sets and the outputs of a model must be the same."""
 
 import hashlib
 import os
@@ -33,11 +33,13 @@ _MOST_FILES, _MOST_READ, _COMPARED_BYTES = 200_000, 20_000, 1 << 14
 class ClassCheckHook(Hook):
     """Matches the classes of all data sets by name, and ends a run that the rest cannot fit.
 
-    Validation gets the labels of training by name, whatever its folders are; a run that goes on
-    from a checkpoint keeps the order of the outputs that are stored there; a test follows its
-    checkpoint. On a GPU a label beyond the last output is an assertion in a kernel, without the
-    label: numbers are looked at before the first step. Images that are in training and validation
-    are counted and said.
+    For classifiers and segmentors; detectors have
+    :func:`~dinov3_mm.engine.coco_config.settle_objects`. Validation gets the labels of training by
+    name, whatever its folders are; a run that goes on from a checkpoint keeps the order of the
+    outputs that are stored there; a test follows its checkpoint. On a GPU a label beyond the last
+    output is an assertion in a kernel, without the label: numbers are looked at before the first
+    step. Images that are in training and validation are counted and said. Of label maps only the
+    names are looked at, see ``LabelCheckHook``.
 
     Raises:
         ClassNameError: if validation or test have images of a class that training has not, or a
@@ -46,6 +48,9 @@ class ClassCheckHook(Hook):
             preprocessor's, a label beyond them, images of a single class, or validation images of
             a class without training images.
     """
+
+    # Before the hooks that look at labels.
+    priority = "HIGHEST"
 
     def __init__(self) -> None:
         self._stored: dict[str, Any] = {}
