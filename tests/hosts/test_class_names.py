@@ -10,6 +10,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
 from dinov3_mm.checkpoints import export_backbone
+from dinov3_mm.datasets.class_names import ClassNameError
 from dinov3_mm.engine import ConfigError, build_runner, testing
 from dinov3_mm.engine.host_config import set_data_root, settle_loading
 from dinov3_mm.engine.testing import build_tester
@@ -81,6 +82,19 @@ def test_other_folders_keep_the_outputs_of_the_checkpoint(trained, tmp_path):
     arguments = [str(tmp_path / "config.py"), str(checkpoint), "--data", str(tmp_path / "data")]
     cfg = load_config(parse_args([*arguments, "--work-dir", str(tmp_path / "test")]))
     assert testing.test(build_tester(cfg, str(checkpoint)))["accuracy/top1"] == 100.0
+
+
+def test_a_run_goes_on_with_the_classes_of_its_checkpoint(trained, tmp_path):
+    """A folder that was renamed between two starts would shift all labels."""
+    cfg, checkpoint = trained
+    for part in ("train", "val"):
+        class_names.paint(tmp_path / part, {"eel": "ant", **class_names.WITHOUT_FIRST})
+    cfg = cfg.copy()
+    set_data_root(cfg, str(tmp_path))
+    cfg.update(resume=True, load_from=str(checkpoint), work_dir=str(tmp_path / "run"))
+    cfg.train_cfg.update(max_epochs=13, val_interval=13)
+    with pytest.raises(ClassNameError, match=r"only there \['ant'\], only in .*train\) \['eel'\]"):
+        class_names.run_training(cfg)
 
 
 def test_a_list_of_files_is_no_folder_of_classes(weights, tmp_path):
