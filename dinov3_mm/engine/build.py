@@ -69,7 +69,7 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
         runner.register_hook(ScheduleCheckHook())
         has_classes = is_classifier(cfg) or cfg.get("default_scope") == "mmseg"
         if has_classes and not any(isinstance(hook, ClassCheckHook) for hook in runner.hooks):
-            runner.register_hook(ClassCheckHook())
+            runner.register_hook(ClassCheckHook(strict=False))
     for line in (*notes, *lines):
         runner.logger.info(line)
     return runner

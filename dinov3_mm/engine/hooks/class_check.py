@@ -41,6 +41,10 @@ class ClassCheckHook(Hook):
     step. Images that are in training and validation are counted and said. Of label maps only the
     names are looked at, see ``LabelCheckHook``.
 
+    Args:
+        strict: refuse a head with more outputs than there are classes. False says so: it trains,
+            and some outputs are of nothing.
+
     Raises:
         ClassNameError: if validation or test have images of a class that training has not, or a
             resumed run has other classes than its checkpoint.
@@ -52,7 +56,8 @@ class ClassCheckHook(Hook):
     # Before the hooks that look at labels.
     priority = "HIGHEST"
 
-    def __init__(self) -> None:
+    def __init__(self, *, strict: bool = True) -> None:
+        self.strict = strict
         self._stored: dict[str, Any] = {}
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -67,10 +72,13 @@ class ClassCheckHook(Hook):
         names = classes_of(training)
         labels = _checked_labels(runner, training, where)
         lines += _check_training(names, labels, where)
-        _check_count(runner, "train", names)
+        lines += _check_count(runner, "train", names, strict=self.strict)
         if runner.val_loop is not None:
             loader = runner.val_loop.dataloader
             lines += _check_validation(runner, loader.dataset, training, labels)
+            if not names:
+                found = classes_of(loader.dataset)
+                lines += _check_count(runner, "val", found, strict=self.strict)
             _tell(runner, getattr(runner.val_loop, "evaluator", None), loader.dataset)
         for line in lines:
             runner.logger.info(line)
@@ -81,7 +89,8 @@ class ClassCheckHook(Hook):
         follow_stored(runner, loop, self._stored)
         dataset = loop.dataloader.dataset
         _checked_labels(runner, dataset, f"test_dataloader.dataset{place_of(dataset)}")
-        _check_count(runner, "test", classes_of(dataset))
+        for line in _check_count(runner, "test", classes_of(dataset), strict=self.strict):
+            runner.logger.info(line)
 
     def _follow_checkpoint(self, runner, training: Any, where: str) -> list[str]:
         """Keep the outputs of a checkpoint where training goes on from it."""
@@ -152,7 +161,6 @@ def _check_validation(
         )
     lines = follow_classes(validation, names, owner="the training set", where=where)
     validated = _checked_labels(runner, validation, where)
-    _check_count(runner, "val", classes_of(validation))
     if labels is None or validated is None:
         return lines
     unseen = np.setdiff1d(validated, labels)
@@ -194,15 +202,21 @@ def _outputs(runner, part: str) -> int | None:
     return getattr(getattr(model, part, None), "num_classes", None)
 
 
-def _check_count(runner, split: str, classes: tuple[str, ...]) -> None:
+def _check_count(runner, split: str, classes: tuple[str, ...], *, strict: bool) -> list[str]:
+    """Hold the number of classes against that of outputs; lines for the log."""
+    lines = []
     for part in ("head", "data_preprocessor"):
         outputs = _outputs(runner, part)
-        if classes and outputs not in (None, len(classes)):
-            raise ValueError(
-                f"{split}_dataloader.dataset has {len(classes)} classes ({_some(classes)}), but "
-                f"model.{part}.num_classes is {outputs}: set model.{part}.num_classes="
-                f"{len(classes)}"
-            )
+        if not classes or outputs in (None, len(classes)):
+            continue
+        text = (
+            f"{split}_dataloader.dataset has {len(classes)} classes ({_some(classes)}), but "
+            f"model.{part}.num_classes is {outputs}: set model.{part}.num_classes={len(classes)}"
+        )
+        if strict or outputs < len(classes):
+            raise ValueError(text)
+        lines.append(f"WARNING: {text}")
+    return lines
 
 
 def _tell(runner, evaluator: Any, dataset: Any) -> None:

@@ -48,6 +48,14 @@ def test_disagreement_is_refused(given, message):
         ClassCheckHook().before_train(runner(**given))
 
 
+def test_more_outputs_than_classes_are_said_where_that_is_enough():
+    run = Run(listed(0, 1, 2), outputs=7)
+    ClassCheckHook(strict=False).before_train(run)
+    assert any("has 3 classes" in line and "num_classes is 7" in line for line in run.lines)
+    with pytest.raises(ValueError, match=r"num_classes is 2: set"):
+        ClassCheckHook(strict=False).before_train(Run(listed(0, 1, 2), outputs=2))
+
+
 def test_a_test_set_of_other_classes_is_refused():
     with pytest.raises(ValueError, match=r"test_dataloader\.dataset has 2 classes"):
         ClassCheckHook().before_test(runner(ANIMALS, test=ANIMALS[:2]))
