@@ -58,7 +58,7 @@ def load_config(args: argparse.Namespace) -> Config:
     """Config file plus what the command line says."""
     cfg = read_config(args.config)
     if args.data is not None:
-        set_data_root(cfg, args.data)
+        set_data_root(cfg, args.data, count_classes=args.checkpoint is None)
     if args.weights is not None:
         set_host_weights(cfg, args.weights)
     if args.head is not None:

@@ -11,10 +11,10 @@ from mmengine.registry import MODELS, RUNNERS
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
 from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
-from dinov3_mm.engine.hooks import ScheduleCheckHook
+from dinov3_mm.engine.hooks import ClassCheckHook, ScheduleCheckHook
 from dinov3_mm.engine.hooks.host_checkpoint import write_aside
 from dinov3_mm.engine.hooks.resume import ResumeHook
-from dinov3_mm.engine.host_config import is_host_config, settle_host
+from dinov3_mm.engine.host_config import is_classifier, is_host_config, settle_host
 from dinov3_mm.engine.precision import use_compute_dtype
 from dinov3_mm.engine.resume import read_resumed, refuse_resumed
 from dinov3_mm.engine.stages import refuse_orphan
@@ -67,6 +67,9 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     runner.register_hook(ResumeHook(copy.deepcopy(cfg), meta))
     if is_host_config(cfg):
         runner.register_hook(ScheduleCheckHook())
+        has_classes = is_classifier(cfg) or cfg.get("default_scope") == "mmseg"
+        if has_classes and not any(isinstance(hook, ClassCheckHook) for hook in runner.hooks):
+            runner.register_hook(ClassCheckHook(strict=False))
     for line in (*notes, *lines):
         runner.logger.info(line)
     return runner

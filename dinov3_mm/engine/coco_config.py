@@ -26,8 +26,8 @@ from dinov3_mm.engine.config import ConfigError
 _DATASETS = ("CocoDataset", "mmdet.CocoDataset", "NamedCocoDataset")
 _METRICS = ("CocoMetric", "mmdet.CocoMetric", "NamedCocoMetric")
 _MODULE = "dinov3_mm.datasets.named_coco"
-# How annotation files of a split are named by COCO, Roboflow, CVAT, Label Studio and by hand.
-_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
+# How files and folders of a split are named by COCO, Roboflow, CVAT, Label Studio and by hand.
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 
 
 def coco_parts(cfg: Mapping, split: str) -> list[dict]:
@@ -55,7 +55,7 @@ def set_coco_root(cfg: Config, folder: Path) -> bool:
     own = [_moved(part, folder) for split in ("train", "val") for part in coco_parts(cfg, split)]
     if all(path.is_file() for path in own):
         return False
-    found = {split: _annotations_of(folder, split) for split in _SPLITS}
+    found = {split: _annotations_of(folder, split) for split in SPLITS}
     found["test"] = found["val"]
     for split, path in found.items():
         images = _images_of(folder, path, split)
@@ -224,7 +224,7 @@ def _refuse_absent_images(part: Mapping, file: CocoFile) -> None:
 
 
 def _annotations_of(folder: Path, split: str) -> Path:
-    names = _SPLITS[split]
+    names = SPLITS[split]
     every = sorted(
         path
         for pattern in ("*.json", "*/*.json", "*/*/*.json")
@@ -264,9 +264,9 @@ def _images_of(folder: Path, annotations: Path, split: str) -> Path:
         names = [image["file_name"] for image in read_coco(annotations).images[:3]]
     except AnnotationError as error:
         raise ConfigError(str(error)) from error
-    splits = [*_SPLITS.get(split, _SPLITS["val"]), f"{split}2017", annotations.stem]
+    splits = [*SPLITS.get(split, SPLITS["val"]), f"{split}2017", annotations.stem]
     if split == "test":
-        splits += [*_SPLITS["val"], "val2017"]
+        splits += [*SPLITS["val"], "val2017"]
     tried = [
         annotations.parent,
         folder,

@@ -12,12 +12,13 @@ from dinov3_mm.checkpoints.model_hub import parse_hub_name
 from dinov3_mm.checkpoints.released import located
 from dinov3_mm.checkpoints.statistics import Statistics, find_statistics
 from dinov3_mm.datasets.image_files import is_hidden
-from dinov3_mm.engine.coco_config import set_coco_root
+from dinov3_mm.engine.coco_config import SPLITS, set_coco_root
 from dinov3_mm.engine.config import ConfigError
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 EVALUATORS = ("val_evaluator", "test_evaluator")
 _FOLDER_SETS = ("ClassificationFolder", "CustomDataset")  # data sets of one folder a class
+_CLASSIFIERS = ("ImageClassifier", "mmpretrain.ImageClassifier")
 # Flags of the hosts' preprocessors after which the channels are red, green, blue.
 _TO_RGB = ("bgr_to_rgb", "to_rgb")
 
@@ -25,6 +26,14 @@ _TO_RGB = ("bgr_to_rgb", "to_rgb")
 def is_host_config(cfg: Mapping) -> bool:
     """Whether a config belongs to MMEngine's plain Runner, as those of the hosts do."""
     return cfg.get("runner_type") != "FlexibleRunner"
+
+
+def is_classifier(cfg: Mapping) -> bool:
+    """Whether the model of a config is mmpretrain's image classifier."""
+    model = cfg.get("model") or {}
+    while "module" in model:  # of test-time augmentation
+        model = model["module"]
+    return model.get("type") in _CLASSIFIERS
 
 
 # The initializers that load weights: of backbones, and of heads.
@@ -43,12 +52,17 @@ def leave_random(cfg: Config) -> None:
             part["init_cfg"] = None
 
 
-def set_data_root(cfg: Config, folder: str) -> None:
+def set_data_root(cfg: Config, folder: str, *, count_classes: bool = True) -> None:
     """Read every data set from ``folder`` in place of the config's ``data_root``.
 
     Paths below the old root in data sets and evaluators follow. A classifier of folders gets as
     many classes as there are folders. Annotation files of objects are looked for, see
     :func:`~dinov3_mm.engine.coco_config.set_coco_root`.
+
+    Args:
+        cfg: a config of a host, changed in place.
+        folder: the root.
+        count_classes: set the number of classes; a trained model brings its own.
 
     Raises:
         ConfigError: the config has no ``data_root``, or there is no such folder.
@@ -66,20 +80,48 @@ def set_data_root(cfg: Config, folder: str) -> None:
         for key, value in part.items():
             if isinstance(value, str):
                 part[key] = _moved(value, roots, path)
-    _set_num_classes(cfg)
+    _find_split_folders(parts)
+    if count_classes:
+        _set_num_classes(cfg)
+
+
+def _find_split_folders(parts: list) -> None:
+    """Take a folder ``valid`` for ``val``, and so on, where that is what there is."""
+    for part in _dicts(parts):
+        prefix = part.get("data_prefix")
+        if part.get("type") not in _FOLDER_SETS or not isinstance(prefix, str):
+            continue
+        names = next((names for names in SPLITS.values() if prefix in names), ())
+        found = [name for name in names if (Path(part["data_root"]) / name).is_dir()]
+        if prefix not in found and len(found) == 1:
+            part["data_prefix"] = found[0]
+
+
+def set_num_outputs(cfg: Config, classes: Sequence[str]) -> list[str]:
+    """Give a classifier as many outputs as it was trained with; lines for the log."""
+    if not classes or not is_classifier(cfg):
+        return []
+    parts = [p for p in _dicts(cfg.model) if p.get("num_classes", len(classes)) != len(classes)]
+    for part in parts:
+        part["num_classes"] = len(classes)
+    return [f"num_classes is {len(classes)}, as in the checkpoint"] if parts else []
 
 
 def _set_num_classes(cfg: Config) -> None:
     dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
     if dataset.get("type") not in _FOLDER_SETS or not dataset.get("with_label", True):
         return
+    if dataset.get("ann_file"):
+        return  # a list of files; the folders are not its classes
     prefix = dataset.get("data_prefix", "")
     prefix = prefix.get("img_path", "") if isinstance(prefix, Mapping) else prefix
     images = Path(dataset["data_root"]) / prefix
     entries = images.iterdir() if images.is_dir() else ()
     classes = [item.name for item in entries if item.is_dir() and not is_hidden(item.name)]
+    classes = (dataset.get("metainfo") or {}).get("classes") or classes
     if len(classes) < 2:
-        raise ConfigError(f"--data: expected one folder a class in {images}, found {len(classes)}")
+        found = f"{len(classes)} ({classes[0]})" if classes else "0"
+        raise ConfigError(f"--data: expected one folder a class in {images}, found {found}")
     for part in _dicts(cfg.model):
         if "num_classes" in part:
             part["num_classes"] = len(classes)
@@ -163,6 +205,7 @@ def settle_host(cfg: Config) -> list[str]:
         cfg.sync_bn = None  # torch synchronises batch norms on accelerators only
         lines.append("sync_bn is off: there is no GPU, and each process takes its own statistics")
     lines += shorten_warmup(cfg)
+    lines += settle_loading(cfg)
     for init_cfg in initializers(cfg.model):
         weights = _checked(init_cfg.get("checkpoint"))
         init_cfg["checkpoint"] = weights
@@ -170,6 +213,67 @@ def settle_host(cfg: Config) -> list[str]:
         line = statistics and _other_statistics(cfg.model.get("data_preprocessor"), statistics)
         lines += [line] if line else []
     return lines
+
+
+def settle_loading(cfg: Config) -> list[str]:
+    """Bring the loading of images and of their maps in line where a pipeline mixes two kinds.
+
+    Our image loading turns an image as its EXIF orientation says, and only our loading of maps
+    turns the map with it; mmcv's turns images without a word to anyone.
+
+    Returns:
+        Lines for the log, one for each step that was replaced.
+
+    Raises:
+        ConfigError: a step that has no counterpart here.
+    """
+    lines = []
+    loaders = [cfg[name] for name in LOADERS if cfg.get(name)]
+    pipelines = [part["pipeline"] for part in _dicts(loaders) if part.get("pipeline")]
+    for pipeline in (*pipelines, cfg.get("tta_pipeline")):
+        steps = [step for step in _dicts(pipeline) if isinstance(step.get("type"), str)]
+        kinds = {step["type"].split(".")[-1]: step for step in steps}
+        image = kinds.get("LoadMissingImage")
+        for kind, step in kinds.items():
+            if image and kind == "LoadAnnotations" and _is_of(step, cfg, "mmseg"):
+                kept = {k: step[k] for k in ("reduce_zero_label", "backend_args") if k in step}
+                new = dict(type="LoadLabelMap", broken=image.get("broken", "error"), **kept)
+                lines += _replaced(step, new, "LoadMissingImage")
+            elif not image and kind == "LoadImageFromFile" and set(kinds) & set(_OUR_MAPS):
+                kept = {k: step[k] for k in ("to_float32", "backend_args") if k in step}
+                maps = next(k for k in kinds if k in _OUR_MAPS)
+                new = dict(type="LoadMissingImage", broken=kinds[maps].get("broken", "error"))
+                lines += _replaced(step, {**new, **kept}, maps)
+            elif image and (kind in _FOREIGN_MAPS or step.get("with_seg")):
+                raise ConfigError(
+                    f"{kind} beside LoadMissingImage: it does not turn the map where the EXIF "
+                    "orientation turns the image; load both with steps of the host, or with "
+                    "LoadMissingImage and LoadLabelMap (LoadDepthMap)"
+                )
+    return list(dict.fromkeys(lines))
+
+
+# Steps that load maps: ours turn with LoadMissingImage, these of the hosts do not.
+_OUR_MAPS = ("LoadLabelMap", "LoadDepthMap")
+_FOREIGN_MAPS = ("LoadDepthAnnotation", "LoadPanopticAnnotations")
+
+
+def _is_of(step: Mapping, cfg: Config, host: str) -> bool:
+    scope, _, _ = step["type"].rpartition(".")
+    return (scope or cfg.get("default_scope")) == host
+
+
+def _replaced(step: dict, new: dict, beside: str) -> list[str]:
+    """Replace a step in place; a line for the log."""
+    old = step["type"]
+    left = sorted(set(step) - set(new))
+    step.clear()
+    step.update(new)
+    return [
+        f"WARNING: {old} beside {beside} would not turn image and map alike where a file has an "
+        f"EXIF orientation: {new['type']} takes its place"
+        + (f", without {', '.join(left)}" if left else "")
+    ]
 
 
 def _checked(weights: str | None) -> str:

@@ -13,9 +13,16 @@ from torch import nn
 from dinov3_mm.checkpoints import atomic_write
 from dinov3_mm.checkpoints.run_checkpoint import load_run_checkpoint, read_run_checkpoint
 from dinov3_mm.checkpoints.weights_record import WEIGHTS
+from dinov3_mm.datasets.class_names import ClassNameError, stored_metainfo
 from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.host_config import is_host_config, settle_host
+from dinov3_mm.engine.hooks.class_check import follow_stored
+from dinov3_mm.engine.host_config import (
+    is_host_config,
+    set_num_outputs,
+    settle_host,
+    settle_loading,
+)
 from dinov3_mm.engine.precision import use_compute_dtype
 
 METRICS_FILE = "metrics.json"
@@ -23,6 +30,8 @@ METRICS_FILE = "metrics.json"
 
 def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = None):
     """Build the runner that tests a model.
+
+    The classes of the test set are matched by name with those that the checkpoint stores.
 
     Args:
         cfg (Config): a config of a host, changed in place.
@@ -35,7 +44,8 @@ def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = N
         Runner: give it to :func:`test`.
 
     Raises:
-        ConfigError: the config is one of pretraining, has no test set, or a file is not there.
+        ConfigError: the config is one of pretraining, has no test set, or a file is not there; or
+            the test set has other classes than the model was trained on.
     """
     if not is_host_config(cfg):
         raise ConfigError("this config pretrains and has no test set; give one with a head")
@@ -45,25 +55,36 @@ def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = N
         raise ConfigError(f"there is no checkpoint {checkpoint}")
     cfg.launcher = "pytorch" if is_distributed() else "none"
     cfg.load_from, cfg.resume = None, False
-    lines = settle_host(cfg) if checkpoint is None else []
-    lines += settle_objects(cfg, splits=("test",), known=_trained_classes(checkpoint))
+    lines = settle_host(cfg) if checkpoint is None else settle_loading(cfg)
+    stored = _trained_on(checkpoint)
+    classes = tuple(stored.get("classes") or ())
+    if checkpoint is not None and not classes and cfg.get("default_scope") == "mmpretrain":
+        lines.append(
+            f"WARNING: {checkpoint} does not name its classes: those of the test set are taken to "
+            "be the same, in the same order"
+        )
+    lines += set_num_outputs(cfg, classes)
+    lines += settle_objects(cfg, splits=("test",), known=classes)
     lines += use_compute_dtype(cfg)
     runner = RUNNERS.build(cfg)
     for line in lines:
         runner.logger.info(line)
     load_model_weights(runner.model, checkpoint, weights=weights)
+    try:
+        follow_stored(runner, runner.test_loop, stored)
+    except ClassNameError as error:
+        raise ConfigError(str(error)) from error
     return runner
 
 
-def _trained_classes(checkpoint: str | None) -> tuple[str, ...]:
-    """Names of a trained model's outputs; none if its checkpoint does not say them."""
+def _trained_on(checkpoint: str | None) -> dict[str, Any]:
+    """What a checkpoint says of its training data: names of the outputs and colours, or nothing."""
     if checkpoint is None:
-        return ()
+        return {}
     try:
-        meta = read_run_checkpoint(Path(checkpoint).expanduser()).get("meta") or {}
+        return stored_metainfo(read_run_checkpoint(Path(checkpoint).expanduser(), mmap=True))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return tuple((meta.get("dataset_meta") or {}).get("classes") or ())
 
 
 def load_model_weights(

@@ -11,7 +11,7 @@ from .features import (
     preserved_random_state,
 )
 from .held_out import HeldOutSplit
-from .images import ImageSet, class_labels, patch_labels
+from .images import ImageSet, class_labels, paired_labels, patch_labels
 from .knn import KNNScore, chance_level, knn_classify, knn_scores, nearest_neighbours
 from .metrics import confusion_matrix, iou_per_class, segmentation_metrics, top_k_accuracy
 from .rank import effective_rank
@@ -41,6 +41,7 @@ __all__ = [
     "knn_classify",
     "knn_scores",
     "nearest_neighbours",
+    "paired_labels",
     "patch_labels",
     "preserved_random_state",
     "random_init_backbone",

@@ -5,10 +5,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
+
+from dinov3_mm.datasets.class_names import ClassNameError, classes_of, map_classes
+from dinov3_mm.datasets.sources import FileSource
 
 from .metrics import IGNORE_INDEX
 
@@ -134,6 +138,78 @@ def class_labels(source: ImageSource) -> Tensor:
             "class evaluation needs a class index >= 0 for every image"
         )
     return torch.tensor(labels, dtype=torch.int64)
+
+
+def paired_labels(train: ImageSource, test: ImageSource) -> tuple[Tensor, Tensor]:
+    """Classes of two labelled sources under one numbering, by name: (N,) and (M,) int64.
+
+    The numbers are those of ``train``; where neither source has ``classes``, those of each. What
+    differs without harm is logged.
+
+    Raises:
+        TypeError, ValueError: see :func:`class_labels`.
+        ClassNameError: test images of a class that training does not have; or one source names its
+            classes and the other does not.
+    """
+    labels, test_labels = class_labels(train), class_labels(test)
+    names, test_names = classes_of(train), classes_of(test)
+    if bool(names) != bool(test_names):
+        kinds = [type(source).__name__ for source in (train, test)]
+        named, bare = kinds if names else kinds[::-1]
+        raise ClassNameError(
+            f"the {named} names its classes ({', '.join((names or test_names)[:5])}, ...) and the "
+            f"{bare} has numbers only: they cannot be matched; give it the names as 'classes' too "
+            "(metainfo.classes of an MM dataset)"
+        )
+    if not names:
+        return labels, test_labels
+    counts = torch.bincount(test_labels, minlength=len(test_names)).tolist()
+    where = _named(test, "the test set")
+    numbers, lines = map_classes(
+        names, test_names, owner=_named(train, "the training set"), where=where, counts=counts
+    )
+    filled = torch.bincount(labels, minlength=len(names)) > 0
+    lost = {
+        f"{name!r}": count
+        for name, number, count in zip(test_names, numbers, counts)
+        if count and not filled[number]
+    }
+    if lost:
+        listed = ", ".join(f"{name} ({count} images)" for name, count in list(lost.items())[:5])
+        if isinstance(train, FileSource):
+            raise ClassNameError(
+                f"{_named(train, 'the training set')} has no image of {listed} of {where}: none of "
+                "these can be classed right; add training images, or take them out"
+            )
+        lines.append(
+            f"WARNING: {sum(lost.values())} of {len(test_labels)} test images are of {len(lost)} "
+            f"classes without a training image ({listed}) and count as wrong; take more images"
+        )
+    for line in lines:
+        print_log(line, logger="current")
+    return labels, torch.tensor(numbers, dtype=torch.int64)[test_labels]
+
+
+def _named(source: ImageSource, role: str) -> str:
+    root = getattr(source, "root", None)
+    return f"{role} ({root})" if root else role
+
+
+def check_semantic_classes(train: ImageSource, test: ImageSource) -> int:
+    """Number of semantic classes of two sources with masks.
+
+    Raises:
+        ClassNameError: the two state different numbers or names (``semantic_classes``).
+    """
+    numbers = [source.num_semantic_classes for source in (train, test)]
+    names = [tuple(getattr(source, "semantic_classes", None) or ()) for source in (train, test)]
+    if numbers[0] != numbers[1] or (all(names) and names[0] != names[1]):
+        raise ClassNameError(
+            f"the training source has {numbers[0]} semantic classes ({', '.join(names[0][:5])}), "
+            f"the test source {numbers[1]} ({', '.join(names[1][:5])}); masks of both must have "
+            "the same classes in the same order"
+        )
+    return numbers[0]
 
 
 def patch_labels(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .baselines import colour_histogram, random_init_backbone, raw_patches, raw_pixels
 from .dense_probe import DenseProbeResult, dense_linear_probe, stack_masks
 from .features import IMAGENET_MEAN, IMAGENET_STD, extract_features
-from .images import ImageSet, ImageSource, class_labels
+from .images import ImageSet, ImageSource, check_semantic_classes, paired_labels
 from .knn import chance_level, knn_classify
 from .rank import effective_rank
 
@@ -125,7 +125,7 @@ def representation_table(
     """
     train = ImageSet(train_source, image_size, resize_size, cache=True)
     test = ImageSet(test_source, image_size, resize_size, cache=True)
-    labels = class_labels(train_source), class_labels(test_source)
+    labels = paired_labels(train_source, test_source)
     vectors: dict[str, tuple[Tensor, Tensor]] = {
         RAW_PIXELS: (raw_pixels(train), raw_pixels(test)),
         COLOUR_HISTOGRAM: (colour_histogram(train), colour_histogram(test)),
@@ -166,7 +166,7 @@ def _row(
 def _dense(
     grids: dict[str, tuple[Tensor, Tensor]], train: ImageSet, test: ImageSet
 ) -> dict[str, DenseProbeResult]:
-    classes = train.source.num_semantic_classes
+    classes = check_semantic_classes(train.source, test.source)
     masks = stack_masks(train), stack_masks(test)
     return {
         name: dense_linear_probe(a, masks[0], b, masks[1], classes)

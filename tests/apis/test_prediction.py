@@ -199,3 +199,16 @@ def test_the_config_decides_unless_asked_and_fp16_is_refused(weights):
     assert load_model(cfg, weights=weights, device="cpu", dtype="fp32").dtype == "fp32"
     with pytest.raises(ValueError, match=r"fp16.*refused"):
         load_model(cfg, weights=weights, device="cpu", dtype="fp16")
+
+
+def test_names_are_those_of_the_outputs_or_none(weights, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "dinov3_mm.apis.prediction.model.print_log", lambda line, **_: said.append(line)
+    )
+    cfg = read_config(CONFIGS / "classification.py")
+    cfg.model.head.num_classes = 5  # and the data set names twelve
+    model = load_model(cfg, weights=weights, device="cpu")
+    assert model.classes == () and "has 5 outputs, and its data set names 12" in said[0]
+    (result,) = classify(model, np.zeros((16, 16, 3), np.uint8))
+    assert result.best == str(int(result.scores.argmax()))

@@ -98,10 +98,26 @@ def test_data_moves_all_paths_and_counts_folders(tmp_path):
     assert cfg.model.head.num_classes == 3
 
 
+def test_other_names_of_the_validation_folder(tmp_path):
+    for name in ("train/cat", "train/dog", "valid/cat"):
+        (tmp_path / name).mkdir(parents=True)
+    cfg = host_config()
+    set_data_root(cfg, str(tmp_path))
+    assert cfg.val_dataloader.dataset.data_prefix == "valid"
+    assert cfg.train_dataloader.dataset.data_prefix == "train"
+    (tmp_path / "validation").mkdir()
+    cfg = host_config()
+    set_data_root(cfg, str(tmp_path))  # which of the two is not for us to say
+    assert cfg.val_dataloader.dataset.data_prefix == "val"
+
+
 def test_data_refusals(tmp_path):
     with pytest.raises(ConfigError, match="is no folder"):
         set_data_root(host_config(), str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="one folder a class"):
+        set_data_root(host_config(), str(tmp_path))
+    (tmp_path / "train/pets/cat").mkdir(parents=True)  # an archive unpacked into a folder more
+    with pytest.raises(ConfigError, match=r"one folder a class in .*, found 1 \(pets\)"):
         set_data_root(host_config(), str(tmp_path))
     cfg = host_config()
     for loader in ("train_dataloader", "val_dataloader"):

@@ -12,7 +12,7 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
-custom_hooks = [dict(type='FrozenBackboneHook'), dict(type='LabelCheckHook')]
+custom_hooks = [dict(type='FrozenBackboneHook'), dict(type='LabelCheckHook'), dict(type='ClassCheckHook')]
 
 env_cfg = dict(
     cudnn_benchmark=True,

@@ -1,6 +1,7 @@
 """A trained or released downstream model with its preprocessing, ready to predict."""
 
 import copy
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import nn
 
+from dinov3_mm.datasets.class_names import stored_metainfo
 from dinov3_mm.engine.config import read_config
 from dinov3_mm.engine.host_config import set_head, set_host_weights, settle_host
 from dinov3_mm.engine.precision import (
@@ -131,7 +134,7 @@ def load_model(
         pipeline = Compose(_without_loading(dataset.pipeline))
         facts = _facts(dataset, meta)
     job = _job(module)
-    classes = tuple(facts.get("classes") or ())
+    classes = _names_of_outputs(module, job, tuple(facts.get("classes") or ()))
     palette = tuple(tuple(colour) for colour in facts.get("palette") or ())
     if computes == "bf16":
         autocast_parts(module, DTYPES[computes])
@@ -159,10 +162,26 @@ def _without_loading(pipeline: Sequence[dict]) -> list[dict]:
 
 def _facts(dataset: Config, meta: dict[str, Any]) -> dict[str, Any]:
     """Class names and colours: of the checkpoint, else of the config's data set."""
-    stated = {key.lower(): value for key, value in (meta.get("dataset_meta") or {}).items()}
+    stated = stored_metainfo({"meta": meta})
     if stated.get("classes"):
         return stated
     return DATASETS.build({**dataset, "lazy_init": True, "pipeline": []}).metainfo
+
+
+def _names_of_outputs(module: nn.Module, job: str, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, unless there are more or fewer than a classifier or segmentor has outputs."""
+    part = {"classification": "head", "segmentation": "decode_head"}.get(job)
+    outputs = getattr(getattr(module, part or "", None), "num_classes", None)
+    if not classes or outputs in (None, len(classes)):
+        return classes
+    print_log(
+        f"the model has {outputs} outputs, and its data set names {len(classes)} classes "
+        f"({', '.join(classes[:3])}, ...): results carry numbers, not names. A checkpoint of "
+        "tools/train.py has the names of its classes",
+        logger="current",
+        level=logging.WARNING,
+    )
+    return ()
 
 
 def _job(module: nn.Module) -> str:

@@ -78,3 +78,20 @@ class ImageFolder(FileSource):
         left_out.report(self.root, len(self._paths))
         if not files:
             self.classes = tuple(folders)
+        self._beside = len(files), len(folders)
+
+    @property
+    def stray(self) -> str:
+        """An image that lies directly in the folder; empty if there is none."""
+        return self.path(0) if self._beside[0] else ""
+
+    def label(self, index: int) -> int:
+        """Class of an image; ValueError if the source has no labels."""
+        num_files, num_folders = self._beside
+        if num_files and num_folders:
+            raise ValueError(
+                f"ImageFolder of {self.root} has no labels: {num_folders} folders and {num_files} "
+                f"images beside them, e.g. {self.stray}; folders are classes where no image lies "
+                "beside them"
+            )
+        return super().label(index)

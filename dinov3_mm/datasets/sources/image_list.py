@@ -13,6 +13,9 @@ from dinov3_mm.datasets.sources.base import FileSource
 
 _DELIMITERS = (",", ";", "\t")
 _NEGATIVE = re.compile(r"-\d+(\.0*)?")
+_NUMBER = re.compile(r"\d+")
+# Larger ones are identifiers, and would be as many classes.
+_LARGEST = 1_000_000
 
 
 @DATASETS.register_module()
@@ -95,10 +98,17 @@ class ImageList(FileSource):
                 f"image {number} of {path!r} ({self._paths[number]}) has {what}; labels are names, "
                 "or numbers from 0: take unlabelled images out of the list, or the column out of it"
             )
-        try:
-            self._labels = array("q", [int(label) for label in labels])
-            self.classes = tuple(str(label) for label in range(max(self._labels, default=-1) + 1))
-        except ValueError:
+        if all(map(_NUMBER.fullmatch, labels)):
+            numbers = [int(label) for label in labels]
+            largest = max(numbers, default=-1)
+            if largest > _LARGEST:
+                raise ValueError(
+                    f"{path!r} has the label {largest}; numbers are used as they are, as classes "
+                    f"from 0 to {_LARGEST}: write identifiers as names, such as id{largest}"
+                )
+            self._labels = array("q", numbers)
+            self.classes = tuple(map(str, range(largest + 1)))
+        else:
             self.classes = tuple(sorted(set(labels)))
             lookup = {name: index for index, name in enumerate(self.classes)}
             self._labels = array("q", [lookup[label] for label in labels])

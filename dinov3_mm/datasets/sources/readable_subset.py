@@ -20,6 +20,9 @@ class ReadableSubset:
         source (dict): Config of the source.
         length (int): Largest number of images.
 
+    Attributes:
+        classes (tuple[str, ...]): Those of the source.
+
     Raises:
         ValueError: If ``length < 1`` or fewer than two images can be read.
     """
@@ -28,6 +31,7 @@ class ReadableSubset:
         if length < 1:
             raise ValueError(f"ReadableSubset needs length >= 1, got {length}")
         self.source = DATASETS.build(copy.deepcopy(dict(source)))
+        self.classes = tuple(getattr(self.source, "classes", None) or ())
         number = min(length, len(self.source))
         candidates = np.linspace(0, len(self.source) - 1, number).round().astype(int).tolist()
         self.indices = [index for index in candidates if self._is_readable(index)]

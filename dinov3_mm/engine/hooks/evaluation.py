@@ -8,7 +8,7 @@ from mmengine.registry import DATASETS, HOOKS
 from torch import Tensor, nn
 
 from dinov3_mm.evaluation.dense_probe import dense_linear_probe, stack_masks
-from dinov3_mm.evaluation.images import class_labels
+from dinov3_mm.evaluation.images import check_semantic_classes, paired_labels
 from dinov3_mm.evaluation.knn import chance_level, knn_classify
 from dinov3_mm.evaluation.rank import effective_rank
 from dinov3_mm.evaluation.ranks import Sharing, sum_over_ranks, together
@@ -23,7 +23,9 @@ class KNNEvalHook(FrozenFeatureHook):
 
     Args:
         interval, image_size and keyword options: see `FrozenFeatureHook`.
-        train_source, test_source: configs of labelled sources for the DATASETS registry.
+        train_source, test_source: configs of labelled sources for the DATASETS registry. Their
+            classes are matched by name, see
+            :func:`~dinov3_mm.evaluation.images.paired_labels`.
         k: neighbourhood sizes.
         temperature: of the votes.
     """
@@ -49,7 +51,7 @@ class KNNEvalHook(FrozenFeatureHook):
     def prepare(self) -> None:
         """Build both sources and read their labels."""
         self.train, self.test = self.build_set(self.train_source), self.build_set(self.test_source)
-        self.labels = class_labels(self.train.source), class_labels(self.test.source)
+        self.labels = paired_labels(self.train.source, self.test.source)
         if max(self.k) > len(self.train):
             raise ValueError(f"k={max(self.k)} exceeds the {len(self.train)} training images")
         self.chance = chance_level(*self.labels)
@@ -123,7 +125,7 @@ class DenseProbeHook(FrozenFeatureHook):
             stack_masks(images, Sharing(True).rows(len(images)))
             for images in (self.train, self.test)
         ]
-        self.num_classes = self.train.source.num_semantic_classes
+        self.num_classes = check_semantic_classes(self.train.source, self.test.source)
 
     def evaluate(self, backbone: nn.Module) -> dict[str, float]:
         """Patch and pixel mIoU and accuracy in percent, and the chosen ridge."""

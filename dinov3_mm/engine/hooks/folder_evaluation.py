@@ -79,9 +79,11 @@ class FolderEvalHook(FrozenFeatureHook):
         return KNNEvalHook(self.interval, train, test, self.image_size, neighbours, **self.options)
 
     def _retrieval(self, source: object) -> RetrievalEvalHook:
+        beside = getattr(getattr(source, "source", source), "stray", "")
+        why = f", and {beside} lies beside them" if beside else ""
         print_log(
             f"evaluation: two-crop retrieval among {min(len(source), self.max_images)} images "
-            "(k-NN needs one folder a class)",
+            f"(k-NN needs one folder a class{why})",
             logger="current",
         )
         return RetrievalEvalHook(
