@@ -72,7 +72,16 @@ def _major_version(distribution: str) -> int:
 _leave_out_multimodal_models()
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m dinov3_mm.hosts TOOL.py [ARGS of the tool]")
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    from dinov3_mm.command_line import TRACEBACK, USAGE, run_tool
+
+    wants_all = sys.argv[1:2] == [TRACEBACK]
+    sys.argv = sys.argv[1 + wants_all :]
+    if not sys.argv or sys.argv[0].startswith("-"):
+        print("usage: python -m dinov3_mm.hosts [--traceback] TOOL.py [ARGS]", file=sys.stderr)
+        sys.exit(USAGE)
+
+    def run() -> None:
+        """The host's tool; it knows nothing of our options."""
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    run_tool(run, wants_all=wants_all)

@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, RUNNERS
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
 from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
+from dinov3_mm.engine.console import StartHook, quiet_console
 from dinov3_mm.engine.hooks import ScheduleCheckHook
 from dinov3_mm.engine.hooks.host_checkpoint import write_aside
 from dinov3_mm.engine.hooks.resume import ResumeHook
@@ -63,7 +64,9 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
         _check_model(cfg)
     if meta is not None:
         refuse_resumed(cfg, meta)
-    runner = RUNNERS.build(cfg)
+    with quiet_console(cfg.work_dir):
+        runner = RUNNERS.build(cfg)
+    runner.register_hook(StartHook(cfg))
     runner.register_hook(ResumeHook(copy.deepcopy(cfg), meta))
     if is_host_config(cfg):
         runner.register_hook(ScheduleCheckHook())

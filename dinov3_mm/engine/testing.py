@@ -15,6 +15,7 @@ from dinov3_mm.checkpoints.run_checkpoint import load_run_checkpoint, read_run_c
 from dinov3_mm.checkpoints.weights_record import WEIGHTS
 from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.engine.console import quiet_console
 from dinov3_mm.engine.host_config import is_host_config, settle_host
 from dinov3_mm.engine.precision import use_compute_dtype
 
@@ -48,7 +49,8 @@ def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = N
     lines = settle_host(cfg) if checkpoint is None else []
     lines += settle_objects(cfg, splits=("test",), known=_trained_classes(checkpoint))
     lines += use_compute_dtype(cfg)
-    runner = RUNNERS.build(cfg)
+    with quiet_console(cfg.work_dir):
+        runner = RUNNERS.build(cfg)
     for line in lines:
         runner.logger.info(line)
     load_model_weights(runner.model, checkpoint, weights=weights)
