@@ -306,9 +306,11 @@ def _last_words(error: Exception) -> str | None:
     text = explain(error)
     if text is not None:
         return _line(text)
-    trace = "".join(traceback.format_exception(error))
+    # Of several processes those that stumbled at one place say it once.
+    if not _is_mine_to_say("".join(traceback.format_tb(error.__traceback__))):
+        return None
     last = "this is a bug, not a mistake of yours: please report it with the lines above"
-    return f"{trace}{_subject()}: {last}" if _is_mine_to_say(trace) else None
+    return f"{''.join(traceback.format_exception(error))}{_subject()}: {last}"
 
 
 def _to_log_file(error: Exception) -> None:

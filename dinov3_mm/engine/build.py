@@ -15,7 +15,7 @@ from dinov3_mm.engine.console import StartHook, quiet_console
 from dinov3_mm.engine.hooks import ScheduleCheckHook
 from dinov3_mm.engine.hooks.host_checkpoint import write_aside
 from dinov3_mm.engine.hooks.resume import ResumeHook
-from dinov3_mm.engine.host_config import is_host_config, settle_host
+from dinov3_mm.engine.host_config import for_cpu_ranks, is_host_config, settle_host
 from dinov3_mm.engine.precision import use_compute_dtype
 from dinov3_mm.engine.resume import read_resumed, refuse_resumed
 from dinov3_mm.engine.stages import refuse_orphan
@@ -65,7 +65,7 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
     if meta is not None:
         refuse_resumed(cfg, meta)
     with quiet_console(cfg.work_dir):
-        runner = RUNNERS.build(cfg)
+        runner = RUNNERS.build(for_cpu_ranks(cfg))
     runner.register_hook(StartHook(cfg))
     runner.register_hook(ResumeHook(copy.deepcopy(cfg), meta))
     if is_host_config(cfg):

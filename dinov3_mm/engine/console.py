@@ -7,6 +7,7 @@ first message that is about the run. Here they go to the log file alone, and the
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,11 @@ _NOTES = (
     "The prefix is not set in metric class",
     "Reach the end of the dataloader, it will be restarted",
 )
+# The same among the warnings of Python.
+_WARNINGS = (
+    "Setting OMP_NUM_THREADS environment variable",
+    "Setting MKL_NUM_THREADS environment variable",
+)
 _WIDTH = 12
 
 
@@ -54,7 +60,7 @@ class _LogFileOnly(logging.Filter):
         text = record.getMessage()
         if text.startswith(_ENVIRONMENT) and is_main_process():
             self._environment.write_text(text.strip("\n-") + "\n")
-        return not text.startswith((*_PAGES, *_NOTES)) and not _is_about_metainfo(text)
+        return not text.startswith((*_PAGES, *_NOTES, *_WARNINGS)) and not _is_about_metainfo(text)
 
 
 def _is_about_metainfo(text: str) -> bool:
@@ -77,9 +83,15 @@ def quiet_console(work_dir: str) -> Iterator[None]:
 
     MMLogger.__init__ = made
     try:
-        yield
+        with warnings.catch_warnings(record=True) as caught:
+            yield
     finally:
         MMLogger.__init__ = make
+        for each in caught:
+            if str(each.message).startswith(_WARNINGS):
+                MMLogger.get_current_instance().warning(str(each.message))
+            else:
+                warnings.showwarning(each.message, each.category, each.filename, each.lineno)
 
 
 @HOOKS.register_module()

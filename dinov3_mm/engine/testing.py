@@ -16,7 +16,7 @@ from dinov3_mm.checkpoints.weights_record import WEIGHTS
 from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.console import quiet_console
-from dinov3_mm.engine.host_config import is_host_config, settle_host
+from dinov3_mm.engine.host_config import for_cpu_ranks, is_host_config, settle_host
 from dinov3_mm.engine.precision import use_compute_dtype
 
 METRICS_FILE = "metrics.json"
@@ -50,7 +50,7 @@ def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = N
     lines += settle_objects(cfg, splits=("test",), known=_trained_classes(checkpoint))
     lines += use_compute_dtype(cfg)
     with quiet_console(cfg.work_dir):
-        runner = RUNNERS.build(cfg)
+        runner = RUNNERS.build(for_cpu_ranks(cfg))
     for line in lines:
         runner.logger.info(line)
     load_model_weights(runner.model, checkpoint, weights=weights)
