@@ -304,6 +304,8 @@ def _line(text: str) -> str | None:
 def _last_words(error: Exception) -> str | None:
     """One line, or the traceback of a bug; None where another process says it."""
     text = explain(error)
+    if text is None and _rank() is not None and _OF_ANOTHER_RANK.search(str(error)):
+        text = f"another process of this run has ended, or does not answer ({_first_line(error)})"
     if text is not None:
         return _line(text)
     # Of several processes those that stumbled at one place say it once.
@@ -364,7 +366,7 @@ def _is_mine_to_say(text: str) -> bool:
     path = folder / f"{start}_{hashlib.sha1(text.encode()).hexdigest()[:12]}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        if rank and _appears(lambda: path.exists(), 1.0):  # rank 0 goes first
+        if rank and _appears(lambda: path.exists(), 5.0):  # rank 0 goes first
             return False
         path.touch(exist_ok=False)
     except FileExistsError:

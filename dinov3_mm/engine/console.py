@@ -188,6 +188,8 @@ def _parameters(model: nn.Module) -> str:
 
 
 def _counted(count: int) -> str:
+    if count < 1e4:
+        return f"{count}"
     return f"{count / 1e3:.1f} k" if count < 1e6 else f"{count / 1e6:.1f} M"
 
 
