@@ -187,6 +187,8 @@ def _of_files(error: Exception) -> str | None:
     """What the operating system refuses, wherever it was asked."""
     if re.search(r"PytorchStreamWriter|unexpected pos|iostream error", str(error)):
         return f"a checkpoint could not be written ({_first_line(error)}): {_ADVICE[errno.ENOSPC]}"
+    if type(error).__name__ == "UnpicklingError":
+        return f"a checkpoint is damaged, or is none: {_first_line(error)}"
     match = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
     number = error.errno if isinstance(error, OSError) else match and int(match[1])
     if number not in _ADVICE or isinstance(error, BlockingIOError):

@@ -7,7 +7,10 @@ import sys
 import threading
 
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, is_main_process
+
+from dinov3_mm.engine.runner.files import occupied
+from dinov3_mm.engine.runner.launch import failing_together
 
 # Ctrl-C, and what schedulers announce the end of an allocation with.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -97,11 +100,18 @@ def run_training(runner) -> signal.Signals | None:
 
     Returns:
         The signal by which the training was stopped; None if it came to its end.
+
+    Raises:
+        ValueError: another process trains into the same work folder.
     """
-    try:
-        runner.train()
-    except SavedAndStoppedError:
-        runner.call_hook("after_train")
-        runner.call_hook("after_run")
+    with contextlib.ExitStack() as stack:
+        with failing_together():
+            if is_main_process():
+                stack.enter_context(occupied(runner.work_dir))
+        try:
+            runner.train()
+        except SavedAndStoppedError:
+            runner.call_hook("after_train")
+            runner.call_hook("after_run")
     stops = (getattr(hook, "stop", None) for hook in runner.hooks)
     return next((s.agreed for s in stops if isinstance(s, StopRequest) and s.agreed), None)
