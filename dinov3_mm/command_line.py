@@ -91,8 +91,8 @@ def run_tool(
     *,
     interrupted: str = "interrupted",
     wants_all: bool | None = None,
-) -> NoReturn:
-    """Run a program and end the process with its status.
+) -> None:
+    """Run a program and end the process with its status, unless that is 0.
 
     Args:
         main: the program; what it returns is the exit status, None is 0.
@@ -120,7 +120,8 @@ def run_tool(
             raise
         # Python prints a text and ends with status 1.
         status = FAILURE if _follows_another(error) else _last_words(error) or FAILURE
-    sys.exit(status or 0)
+    if status:
+        sys.exit(status)
 
 
 def explain(error: Exception) -> str | None:
