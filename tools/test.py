@@ -51,7 +51,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="override config values, e.g. test_dataloader.batch_size=4",
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
-    return parser.parse_args(argv)
+    # The checkpoint may stand after options, as in tools/dist_test.sh.
+    return parser.parse_intermixed_args(argv)
 
 
 def load_config(args: argparse.Namespace) -> Config:

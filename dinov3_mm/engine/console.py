@@ -98,20 +98,28 @@ def quiet_console(work_dir: str) -> Iterator[None]:
 class StartHook(Hook):
     """Says before the first iteration what is about to be trained, on what, from where, how long.
 
-    ``build_runner`` adds it to every run.
+    ``build_runner`` adds it to every run, and ``build_tester`` to every test.
 
     Args:
         cfg (Config): Completed config of the run.
+        checkpoint (str, optional): What is tested.
     """
 
     priority = "VERY_HIGH"
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: Config, checkpoint: str | None = None) -> None:
+        self.cfg, self.checkpoint = cfg, checkpoint
 
     def before_train(self, runner) -> None:
-        """Log the lines."""
-        for name, text in start_lines(runner, self.cfg):
+        """Log the lines of a training."""
+        self._log(runner, start_lines(runner, self.cfg))
+
+    def before_test(self, runner) -> None:
+        """Log the lines of a test."""
+        self._log(runner, lines_of_a_test(runner, self.cfg, self.checkpoint))
+
+    def _log(self, runner, lines: Iterator[tuple[str, str]]) -> None:
+        for name, text in lines:
             runner.logger.info(f"{name:<{_WIDTH}}{text}")
 
 
@@ -129,6 +137,16 @@ def start_lines(runner, cfg: Config) -> Iterator[tuple[str, str]]:
     yield "device", _device(model)
     yield "results", f"{runner.work_dir}: log in {Path(runner.log_dir).name}/, {_files(cfg)}"
     yield "to stop", "Ctrl-C saves and ends; the same command with --resume goes on"
+
+
+def lines_of_a_test(runner, cfg: Config, checkpoint: str | None) -> Iterator[tuple[str, str]]:
+    """What is tested, on what, and where the metrics will be."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    yield "job", f"testing ({type(model).__name__}), config {cfg.filename}"
+    yield "data", _data(runner.test_loop.dataloader.dataset, "to test on")
+    yield "weights", f"from {checkpoint}" if checkpoint else _weights(cfg)
+    yield "device", _device(model)
+    yield "results", f"{runner.work_dir}: metrics.json, log in {Path(runner.log_dir).name}/"
 
 
 def _job(model: nn.Module, of_host: bool) -> str:
@@ -165,9 +183,7 @@ def _weights(cfg: Config) -> str:
         return f"goes on with {resumed}"
     loaded = [cfg.load_from] if cfg.get("load_from") else []
     found = list(dict.fromkeys([*loaded, *_checkpoints(cfg.model)]))
-    return (
-        f"from {', '.join(map(str, found))}" if found else "random: the training starts from zero"
-    )
+    return f"from {', '.join(map(str, found))}" if found else "random, none are loaded"
 
 
 def _checkpoints(part: Any) -> Iterator[str]:

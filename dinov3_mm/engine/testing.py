@@ -15,7 +15,7 @@ from dinov3_mm.checkpoints.run_checkpoint import load_run_checkpoint, read_run_c
 from dinov3_mm.checkpoints.weights_record import WEIGHTS
 from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.console import quiet_console
+from dinov3_mm.engine.console import StartHook, quiet_console
 from dinov3_mm.engine.host_config import for_cpu_ranks, is_host_config, settle_host
 from dinov3_mm.engine.precision import use_compute_dtype
 
@@ -51,6 +51,7 @@ def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = N
     lines += use_compute_dtype(cfg)
     with quiet_console(cfg.work_dir):
         runner = RUNNERS.build(for_cpu_ranks(cfg))
+    runner.register_hook(StartHook(cfg, checkpoint))
     for line in lines:
         runner.logger.info(line)
     load_model_weights(runner.model, checkpoint, weights=weights)

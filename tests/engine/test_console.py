@@ -3,11 +3,14 @@
 import logging
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mmengine.logging import MMLogger
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
 
-from dinov3_mm.engine.console import quiet_console
+from dinov3_mm.engine.console import lines_of_a_test, quiet_console
 from tests.integration.downstream_run import downstream_config
 from tests.integration.downstream_run import train as train_downstream
 from tests.integration.toy_run import toy_config, train, write_images
@@ -89,3 +92,19 @@ def test_only_what_is_named_is_kept_from_the_console(tmp_path, capsys):
             handler.close()
     kept = Path(tmp_path / "run.log").read_text()
     assert "MKL_NUM_THREADS" in kept and "will be deprecated" in kept and "the config says" in kept
+
+
+def test_a_test_begins_with_what_is_tested(tmp_path):
+    cfg = downstream_config(tmp_path / "run")
+    data = dict(type="ToyPoints", length=6)
+    loader = dict(batch_size=2, num_workers=0, sampler=dict(type="DefaultSampler"), dataset=data)
+    runner = SimpleNamespace(
+        model=MODELS.build(cfg.model),
+        test_loop=SimpleNamespace(dataloader=Runner.build_dataloader(loader)),
+        work_dir=str(tmp_path / "run"),
+        log_dir=str(tmp_path / "run" / "now"),
+    )
+    said = dict(lines_of_a_test(runner, cfg, "epoch_3.pth"))
+    assert said["data"] == "6 images to test on: ToyPoints"
+    assert said["weights"] == "from epoch_3.pth"
+    assert said["results"] == f"{tmp_path}/run: metrics.json, log in now/"
