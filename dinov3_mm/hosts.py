@@ -18,6 +18,7 @@ from dinov3_mm.suggest import hint
 
 # The extra of this project that installs a host.
 EXTRAS = {"mmcv": "ops", "mmcv.ops": "ops", "mmpretrain": "ops", "mmseg": "seg", "mmdet": "det"}
+_NOTES = ("Could not import OneDL", "Loads checkpoint by ")
 _NEED_OPS = ("mmcv.ops", "mmdet")
 
 
@@ -69,10 +70,35 @@ def _major_version(distribution: str) -> int:
         return 0
 
 
+def _leave_out_notes() -> None:
+    """Keep MMEngine from printing what the hosts note in passing, once per process.
+
+    ``print_log`` without a logger prints whatever the level, so that each import of a host begins
+    with an optional package of which nobody has heard.
+    """
+
+    def show(text: object, *args, **kwargs) -> None:
+        if not str(text).startswith(_NOTES):
+            print(text, *args, **kwargs)
+
+    # A name of the module hides the built-in one from its functions.
+    vars(importlib.import_module("mmengine.logging.logger"))["print"] = show
+
+
 _leave_out_multimodal_models()
+_leave_out_notes()
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m dinov3_mm.hosts TOOL.py [ARGS of the tool]")
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    from dinov3_mm.command_line import TRACEBACK, USAGE, run_tool
+
+    wants_all = sys.argv[1:2] == [TRACEBACK]
+    sys.argv = sys.argv[1 + wants_all :]
+    if not sys.argv or sys.argv[0].startswith("-"):
+        print("usage: python -m dinov3_mm.hosts [--traceback] TOOL.py [ARGS]", file=sys.stderr)
+        sys.exit(USAGE)
+
+    def run() -> None:
+        """The host's tool; it knows nothing of our options."""
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    run_tool(run, wants_all=wants_all)

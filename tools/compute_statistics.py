@@ -6,20 +6,19 @@ be on the scale that training sees, so give a folder the same --value-range and 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
+from dinov3_mm.command_line import ToolParser, run_tool
 from dinov3_mm.datasets import ImageFolder, ImageSource, channel_statistics
-from dinov3_mm.engine import ConfigError, apply_options, parse_options
+from dinov3_mm.engine import apply_options, parse_options, read_config
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Mean and std per channel of a dataset.")
+    parser = ToolParser(description="Mean and std per channel of a dataset.")
     parser.add_argument("data", help="config file, or folder of images")
     parser.add_argument(
         "--num-images", type=int, default=1000, help="images to read, spread evenly; default: 1000"
@@ -51,7 +50,7 @@ def build_source(args: argparse.Namespace) -> ImageSource:
             "--channels and --value-range belong to a folder; of a config set "
             "train_dataloader.source.channels and .value_range with --cfg-options"
         )
-    cfg = Config.fromfile(args.data)
+    cfg = read_config(args.data)
     apply_options(cfg, parse_options(args.cfg_options))
     return DATASETS.build(cfg.train_dataloader.source)
 
@@ -65,7 +64,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, FileNotFoundError, ImportError, ValueError) as error:
-        sys.exit(str(error))
+    run_tool(main)

@@ -5,17 +5,17 @@ the result, computed by the library it is for, are compared with those of the so
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import dinov3_mm  # noqa: F401  (registers the backbones)
 from dinov3_mm.checkpoints.conversion_report import BAR
 from dinov3_mm.checkpoints.convert import DTYPES, convert_checkpoint
 from dinov3_mm.checkpoints.targets import TARGETS
+from dinov3_mm.command_line import ToolParser, run_tool
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("src", help="file, folder, URL or hub name of any known format")
     parser.add_argument("dst", help="file (official, mm) or folder (hf, timm) to write")
     parser.add_argument("--to", required=True, choices=TARGETS)
@@ -61,7 +61,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_tool(main)

@@ -2,6 +2,7 @@
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
 from dinov3_mm.apis.prediction.command import run_demo
+from dinov3_mm.command_line import run_tool
 
 if __name__ == "__main__":
-    run_demo("segmentation")
+    run_tool(lambda: run_demo("segmentation"))

@@ -31,15 +31,5 @@ else
     # torchrun would open a store that listens to the network.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
-"$PYTHON" -m torch.distributed.run "${MEETING[@]}" --nproc-per-node "$GPUS" \
-    "$ROOT/tools/$SCRIPT" "$CONFIG" --launcher pytorch "$@" &
-CHILD=$!
-# A signal ends the wait, not the training: tell the processes, not torchrun, which would report a
-# failure, and wait until they have saved and ended.
-trap 'pkill -TERM -P "$CHILD"' TERM USR1 INT
-wait "$CHILD" && STATUS=0 || STATUS=$?
-while kill -0 "$CHILD" 2>/dev/null; do
-    wait "$CHILD" && STATUS=0 || STATUS=$?
-done
-rm -f "${STORE:-}"
-exit "$STATUS"
+exec "$PYTHON" "$ROOT/tools/dist_launch.py" "${MEETING[@]}" --nproc-per-node "$GPUS" \
+    "$ROOT/tools/$SCRIPT" "$CONFIG" --launcher pytorch "$@"

@@ -8,7 +8,6 @@ One process by default; several are started by torchrun with ``--launcher pytorc
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -25,6 +24,7 @@ from dinov3_mm.apis.image_loading import ImageFiles
 from dinov3_mm.apis.layers import FOUR_EVEN
 from dinov3_mm.apis.preparation import INTERPOLATIONS, NATIVE, NATIVE_MODES, RESIZE_MODES
 from dinov3_mm.apis.tokens import FIELDS
+from dinov3_mm.command_line import ToolParser, run_tool
 from dinov3_mm.datasets.sources import FileSource, ImageFolder, ImageList
 from dinov3_mm.engine import LAUNCHERS, start_processes
 from dinov3_mm.engine.hooks.console import memory_text
@@ -37,7 +37,7 @@ console = Console()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", help="folder, list (.txt, .csv) or image files")
     parser.add_argument(
         "--weights", required=True, metavar="FILE|NAME", help="weight file, folder, URL or name"
@@ -251,7 +251,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"extract_features: {error}")
+    run_tool(main, interrupted="interrupted; the same command goes on")

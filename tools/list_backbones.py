@@ -1,12 +1,12 @@
 """Table of the backbones: ``python tools/list_backbones.py [PATTERN] [--weights-only]``."""
 
-import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from dinov3_mm import list_backbones
+from dinov3_mm.command_line import ToolParser, run_tool
 from dinov3_mm.models.backbones import ZOO
 
 # Narrower, the columns would break within words.
@@ -39,7 +39,7 @@ def backbone_table(names: Sequence[str]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("pattern", nargs="?", help="shell pattern, e.g. '*vitl16*'")
     parser.add_argument("--weights-only", action="store_true", help="only those with weights")
     parser.add_argument(
@@ -54,4 +54,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

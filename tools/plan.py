@@ -6,20 +6,20 @@ data, weights or GPU. ``tools/train.py CONFIG --dry-run`` runs the step itself o
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 
 from mmengine.logging import MMLogger
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
-from dinov3_mm.engine import ConfigError, apply_options, parse_options, read_config, set_data
+from dinov3_mm.command_line import ToolParser, run_tool
+from dinov3_mm.engine import apply_options, parse_options, read_config, set_data
 from dinov3_mm.engine.dry_run import check_file
 from dinov3_mm.engine.dry_run.report import make_console
 from dinov3_mm.engine.plan import make_plan, print_plan
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Predict memory, work and traffic of a config.")
+    parser = ToolParser(description="Predict memory, work and traffic of a config.")
     parser.add_argument("config", help="pretraining config")
     parser.add_argument(
         "--gpus", type=int, nargs="+", required=True, metavar="N", help="numbers of GPUs to compare"
@@ -61,7 +61,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        sys.exit(f"{sys.argv[1]}: {error}")
+    run_tool(main)

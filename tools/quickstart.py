@@ -3,7 +3,6 @@
 ``bash tools/quickstart.sh [DIR]`` prepares the environment and calls this program.
 """
 
-import argparse
 import json
 import os
 import re
@@ -11,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from mmengine.registry import DATASETS
 from rich.console import Console
 
 import dinov3_mm
+from dinov3_mm.command_line import INTERRUPTED, ToolParser, run_tool
 from dinov3_mm.datasets import ImageFolder
 from dinov3_mm.evaluation import (
     ImageSet,
@@ -35,15 +37,12 @@ from dinov3_mm.evaluation.records import read_records
 from dinov3_mm.visualization import plot_curves, points_vs_minutes, save_pca_grid
 
 ROOT = Path(__file__).resolve().parent.parent
-# A message of the log; the pages that MMEngine prints begin with an empty or a titling message.
-LOG_MESSAGE = re.compile(
-    r"\d\d/\d\d (?P<time>[\d:]+) - mmengine - \w+ - (?P<text>(?!Config:|Hooks will).+)"
-)
+LOG_MESSAGE = re.compile(r"\d\d/\d\d (?P<time>[\d:]+) - mmengine - \w+ - (?P<text>.+)")
 console = Console()
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args() -> Namespace:
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", help="folder of images; without it SyntheticScenes")
     parser.add_argument("--out", default=str(ROOT / "work_dirs/quickstart"), help="result folder")
     parser.add_argument("--seed", type=int, default=0)
@@ -54,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def stage_config(stage: str, args: argparse.Namespace) -> Path:
+def stage_config(stage: str, args: Namespace) -> Path:
     """Config file of a stage for the scenes or for a folder of images."""
     data = "folder" if args.images else "scenes"
     recipe = "_long" if args.recipe == "long" and stage == "pretrain" else ""
@@ -76,7 +75,7 @@ def hook_index(cfg: Config, kind: str) -> int:
     return [hook["type"] for hook in cfg.custom_hooks].index(kind)
 
 
-def train(stage: str, args: argparse.Namespace, *, earlier: Path | None = None) -> Path:
+def train(stage: str, args: Namespace, *, earlier: Path | None = None) -> Path:
     """Run one stage in a process of its own, resuming what an interrupted run left behind.
 
     ``earlier`` is the work folder of the stage that it goes on from.
@@ -97,27 +96,38 @@ def train(stage: str, args: argparse.Namespace, *, earlier: Path | None = None) 
     if options:
         command += ["--cfg-options", *[f"{key}={value}" for key, value in options.items()]]
     console.rule(f"stage: {stage}")
-    run_quietly(command, f"stage {stage} failed; the log is in {work_dir}")
+    run_quietly(command, f"stage {stage} failed; the log is in {work_dir}", args.traceback)
     return work_dir
 
 
-def run_quietly(command: list[str], failure: str) -> None:
-    """Run a training and show its messages, without MMEngine's pages on environment and config.
-
-    Those pages are in the log file of the run.
-    """
+def run_quietly(command: list[str], failure: str, wants_all: bool) -> None:
+    """Run a training and show its messages; if it fails, what it said that is no message."""
     environment = {**os.environ, "PYTHON": sys.executable}
     tail: deque[str] = deque(maxlen=30)
+    command = [*command, "--traceback"] if wants_all else command
     with subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
-        for line in process.stdout:
-            tail.append(line)
-            message = LOG_MESSAGE.match(line)
-            if message:
-                print(message["time"], message["text"], flush=True)
+        # Ctrl-C reaches the training too, which saves and ends; the second one ends both.
+        with suppress(KeyboardInterrupt):
+            show(process, tail)
+        show(process, tail)
+    if process.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
     if process.returncode:
-        sys.exit("".join(tail) + f"\n{failure}. The same command goes on from the last checkpoint.")
+        sys.exit("".join(tail) + f"{failure}. The same command goes on from the last checkpoint.")
+
+
+def show(process: subprocess.Popen, tail: deque[str]) -> None:
+    """Print the messages of a training; put everything else aside."""
+    for line in process.stdout:
+        message = LOG_MESSAGE.match(line)
+        if message:
+            print(message["time"], message["text"], flush=True)
+        elif line.startswith("Ctrl-C: "):
+            print(line, end="", flush=True)
+        else:
+            tail.append(line)
 
 
 def score_scenes(backbone: torch.nn.Module, cfg: Config) -> dict:
@@ -193,10 +203,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
     if args.images:
-        try:
-            console.print(f"{len(ImageFolder(args.images))} images in {args.images}")
-        except (ValueError, OSError) as error:
-            sys.exit(f"quickstart: {error}")
+        console.print(f"{len(ImageFolder(args.images))} images in {args.images}")
     out = Path(args.out).resolve()
     if args.restart and out.exists():
         shutil.rmtree(out)
@@ -228,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main, interrupted="interrupted; the same command goes on")

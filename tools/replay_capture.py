@@ -7,17 +7,16 @@ value arose.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from mmengine.config import Config
-
 import dinov3_mm  # noqa: F401  (registers what configs name)
+from dinov3_mm.command_line import ToolParser, run_tool
+from dinov3_mm.engine import read_config
 from dinov3_mm.engine.capture import ReplayReport, captured_ranks, replay_capture
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Run a captured training step again.")
+    parser = ToolParser(description="Run a captured training step again.")
     parser.add_argument("config", help="config file of the run")
     parser.add_argument("capture", help="captured step: a file, or a folder of shards")
     parser.add_argument(
@@ -49,14 +48,11 @@ def describe(report: ReplayReport) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     ranks = captured_ranks(args.capture) if args.rank is None else [args.rank]
     for rank in ranks:
         print(describe(replay_capture(args.capture, cfg, args.device, rank=rank)))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
+    run_tool(main)

@@ -5,7 +5,6 @@ model.decode_head.dropout_ratio=[0.0,0.1]``
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
+from dinov3_mm.command_line import ToolParser, run_tool
 from dinov3_mm.engine import ConfigError, apply_options, parse_options, read_config
 from dinov3_mm.engine.feature_cache import use_feature_cache
 from dinov3_mm.engine.host_config import (
@@ -25,7 +25,7 @@ from dinov3_mm.engine.sweep import Trial, parse_grid, sweep
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a head for every combination of values.")
+    parser = ToolParser(description="Train a head for every combination of values.")
     parser.add_argument("config", help="config of a head on a frozen backbone")
     parser.add_argument(
         "--grid",
@@ -78,7 +78,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        sys.exit(f"{sys.argv[1]}: {error}")
+    run_tool(main)

@@ -6,13 +6,13 @@ Without a checkpoint it tests what the config loads by itself, such as a release
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
+from dinov3_mm.command_line import ToolParser, run_tool
 from dinov3_mm.engine import (
     LAUNCHERS,
     ConfigError,
@@ -27,7 +27,7 @@ from dinov3_mm.engine.testing import build_tester, draw_predictions, test, use_t
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Test a model.")
+    parser = ToolParser(description="Test a model.")
     parser.add_argument("config", help="config file")
     parser.add_argument("checkpoint", nargs="?", help="training checkpoint")
     parser.add_argument(
@@ -51,7 +51,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="override config values, e.g. test_dataloader.batch_size=4",
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none")
-    return parser.parse_args(argv)
+    # The checkpoint may stand after options, as in tools/dist_test.sh.
+    return parser.parse_intermixed_args(argv)
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -84,7 +85,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        sys.exit(f"{sys.argv[1]}: {error}")
+    run_tool(main)

@@ -5,7 +5,7 @@ One process by default; ``tools/dist_train.sh`` and ``tools/slurm_train.sh`` sta
 """
 
 import argparse
-import sys
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.runner import FlexibleRunner, Runner
 
 import dinov3_mm  # noqa: F401  (registers what configs name)
+from dinov3_mm.command_line import INTERRUPTED, ToolParser, run_tool
 from dinov3_mm.engine import (
     LAUNCHERS,
     ConfigError,
@@ -22,6 +23,7 @@ from dinov3_mm.engine import (
     parse_options,
     read_config,
     resume_stage,
+    run_training,
     set_data,
     set_resume,
     set_teacher,
@@ -41,7 +43,7 @@ NEWEST = "newest"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a config.")
+    parser = ToolParser(description="Train a config.")
     parser.add_argument("config", help="config file")
     parser.add_argument("--work-dir", help="folder of checkpoints and logs; default: of the config")
     parser.add_argument(
@@ -193,11 +195,12 @@ def refuse_dry_options(args: argparse.Namespace) -> None:
             )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, or try out; the exit status."""
     args = parse_args(argv)
     if args.dry_run:
         try_out(args)
-        return
+        return 0
     refuse_dry_options(args)
     start_processes(args.launcher)
     cfg = load_config(args)
@@ -210,8 +213,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--resume: {cfg.work_dir} holds no checkpoint yet, so the run starts from the "
             f"beginning, which needs the options of the first start\n{error}"
         ) from error
-    runner.train()
+    stopped_by = run_training(runner)
     end_processes()
+    return INTERRUPTED if stopped_by == signal.SIGINT else 0
 
 
 def prepare(cfg: Config, args: argparse.Namespace) -> FlexibleRunner | Runner:
@@ -227,7 +231,4 @@ def prepare(cfg: Config, args: argparse.Namespace) -> FlexibleRunner | Runner:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as error:
-        sys.exit(f"{sys.argv[1]}: {error}")
+    run_tool(main)

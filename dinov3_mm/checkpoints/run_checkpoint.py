@@ -68,7 +68,9 @@ def read_run_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_SAFE):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # on what is no pickle the restricted unpickler fails in many ways
         raise ValueError(f"{path} was not loaded: {reason_of_refusal(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict")

@@ -158,10 +158,11 @@ def build_pretrain_dataloader(
 def init_worker(_: int) -> None:
     """One thread per worker, and the garbage collector on even if the main process froze it.
 
-    A scheduler that ends a job sends SIGTERM to every process: the workers must live on until the
-    main process has finished its step and saved; they end when it does.
+    A scheduler that ends a job sends SIGTERM to every process, and a terminal Ctrl-C: the workers
+    must live on until the main process has finished its step and saved; they end when it does.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     gc.enable()

@@ -5,7 +5,13 @@ from . import feature_cache, fsdp2, hooks, loops, optim, strategy, students  # n
 from .build import build_runner
 from .config import ConfigError, apply_options, check_config, parse_options, read_config
 from .resume import set_resume
-from .runner import LAUNCHERS, end_processes, find_latest_checkpoint, start_processes
+from .runner import (
+    LAUNCHERS,
+    end_processes,
+    find_latest_checkpoint,
+    run_training,
+    start_processes,
+)
 from .stages import resume_stage, start_from_stage
 from .starting_point import set_data, set_teacher, set_weights
 
@@ -20,6 +26,7 @@ __all__ = [
     "parse_options",
     "read_config",
     "resume_stage",
+    "run_training",
     "set_data",
     "set_resume",
     "set_teacher",

@@ -11,10 +11,16 @@ from mmengine.registry import MODELS, RUNNERS
 from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
 from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
+from dinov3_mm.engine.console import StartHook, quiet_console
 from dinov3_mm.engine.hooks import ClassCheckHook, ScheduleCheckHook
 from dinov3_mm.engine.hooks.host_checkpoint import write_aside
 from dinov3_mm.engine.hooks.resume import ResumeHook
-from dinov3_mm.engine.host_config import is_classifier, is_host_config, settle_host
+from dinov3_mm.engine.host_config import (
+    for_cpu_ranks,
+    is_classifier,
+    is_host_config,
+    settle_host,
+)
 from dinov3_mm.engine.precision import use_compute_dtype
 from dinov3_mm.engine.resume import read_resumed, refuse_resumed
 from dinov3_mm.engine.stages import refuse_orphan
@@ -63,7 +69,9 @@ def build_runner(cfg: Config, *, notes: Sequence[str] = ()):
         _check_model(cfg)
     if meta is not None:
         refuse_resumed(cfg, meta)
-    runner = RUNNERS.build(cfg)
+    with quiet_console(cfg.work_dir):
+        runner = RUNNERS.build(for_cpu_ranks(cfg))
+    runner.register_hook(StartHook(cfg))
     runner.register_hook(ResumeHook(copy.deepcopy(cfg), meta))
     if is_host_config(cfg):
         runner.register_hook(ScheduleCheckHook())

@@ -1,11 +1,13 @@
 """Configs of mmpretrain, mmseg and mmdet on our backbones: what a command line sets in them."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import is_distributed
 
 from dinov3_mm.checkpoints.download import is_url
 from dinov3_mm.checkpoints.model_hub import parse_hub_name
@@ -274,6 +276,24 @@ def _replaced(step: dict, new: dict, beside: str) -> list[str]:
         f"EXIF orientation: {new['type']} takes its place"
         + (f", without {', '.join(left)}" if left else "")
     ]
+
+
+def for_cpu_ranks(cfg: Config) -> Config:
+    """A config whose runner wraps the model for several processes without GPUs.
+
+    MMEngine gives torch the index of a GPU in any case, which torch refuses.
+    """
+    if not is_host_config(cfg) or not is_distributed() or torch.cuda.is_available():
+        return cfg
+    settings = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "find_unused_parameters": cfg.get("find_unused_parameters", False),
+        **(cfg.get("model_wrapper_cfg") or {}),
+    }
+    changed = copy.deepcopy(cfg)
+    changed.model_wrapper_cfg = {**settings, "device_ids": None}
+    return changed
 
 
 def _checked(weights: str | None) -> str:

@@ -16,8 +16,10 @@ from dinov3_mm.checkpoints.weights_record import WEIGHTS
 from dinov3_mm.datasets.class_names import ClassNameError, stored_metainfo
 from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.engine.console import StartHook, quiet_console
 from dinov3_mm.engine.hooks.class_check import follow_stored
 from dinov3_mm.engine.host_config import (
+    for_cpu_ranks,
     is_host_config,
     set_num_outputs,
     settle_host,
@@ -66,7 +68,9 @@ def build_tester(cfg: Config, checkpoint: str | None, *, weights: str | None = N
     lines += set_num_outputs(cfg, classes)
     lines += settle_objects(cfg, splits=("test",), known=classes)
     lines += use_compute_dtype(cfg)
-    runner = RUNNERS.build(cfg)
+    with quiet_console(cfg.work_dir):
+        runner = RUNNERS.build(for_cpu_ranks(cfg))
+    runner.register_hook(StartHook(cfg, checkpoint))
     for line in lines:
         runner.logger.info(line)
     load_model_weights(runner.model, checkpoint, weights=weights)

@@ -164,7 +164,7 @@ def test_the_command_fails_with_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(TOOL), run_name="__main__")
     # A text as exit code is printed to stderr, and the status is 1.
-    assert ended.value.code.startswith("FileNotFoundError: no weights at")
+    assert ended.value.code.startswith("convert_checkpoint: no weights at")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,7 @@
 """Names, order and retention of a run's files."""
 
+import multiprocessing
+
 import pytest
 
 from dinov3_mm.engine.runner.files import (
@@ -8,6 +10,7 @@ from dinov3_mm.engine.runner.files import (
     find_latest_checkpoint,
     list_checkpoints,
     list_exports,
+    occupied,
     remove_partial_files,
 )
 from dinov3_mm.engine.runner.retention import surplus
@@ -51,3 +54,25 @@ def test_exports_are_listed_without_the_latest(tmp_path):
 def test_retention(tmp_path, max_to_keep, keep_every, deleted):
     files = {n: tmp_path / str(n) for n in (50, 10, 20, 30, 40)}
     assert surplus(files, max_to_keep, keep_every) == [files[n] for n in deleted]
+
+
+def _occupy(folder, ready, done):
+    with occupied(folder):
+        ready.set()
+        done.wait()
+
+
+def test_one_training_at_a_time_writes_into_a_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_occupy, args=(tmp_path / "run", ready, done))
+    other.start()
+    ready.wait()
+    words = f"another training writes into .*process {other.pid} on .*give another --work-dir"
+    with pytest.raises(ValueError, match=words), occupied(tmp_path / "run"):
+        pass
+    done.set()
+    other.join()
+    for _ in range(2):
+        with occupied(tmp_path / "run"):
+            pass

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dinov3_mm.checkpoints.run_checkpoint import read_run_checkpoint
 from dinov3_mm.engine.runner.training_state import (
     load_model_state,
     read_training_state,
@@ -77,6 +78,16 @@ def test_damage_and_other_files_are_refused(tmp_path):
     torch.save({"cls_token": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="DINOv3Pretrained"):
         read_training_state(path)
+
+
+@pytest.mark.parametrize("content", [b"these are no weights", b")Xasc", b"<html></html>", b""])
+def test_what_is_no_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.pth is not a readable training checkpoint"):
+        read_training_state(path)
+    with pytest.raises(ValueError, match=r"x\.pth was not loaded"):
+        read_run_checkpoint(path)
 
 
 def test_a_stage_may_add_the_gram_teacher_and_nothing_else():

@@ -98,13 +98,13 @@ def downstream_config(work_dir: Path, *, by_epoch: bool = False, **changes: obje
     return cfg
 
 
-def train(cfg: Config, folder: Path, *arguments: str) -> None:
-    """Run ``tools/train.py`` in this process on a config file of ``cfg``."""
+def train(cfg: Config, folder: Path, *arguments: str) -> int:
+    """Run ``tools/train.py`` in this process on a config file of ``cfg``; its exit status."""
     cfg.experiment_name = f"points{next(_RUNS)}"
     path = folder / "points.py"
     with patch("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True)):
         cfg.dump(path)
-        main([str(path), *arguments])
+        return main([str(path), *arguments])
 
 
 def state_of(path: Path) -> dict:

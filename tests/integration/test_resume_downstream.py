@@ -1,14 +1,19 @@
 """``tools/train.py --resume`` of runs on MMEngine's plain Runner."""
 
+import json
 import os
 import pickle
 import shutil
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
+from mmengine.registry import HOOKS
 
 from dinov3_mm.engine import ConfigError
 from dinov3_mm.engine.hooks import host_checkpoint
@@ -279,3 +284,63 @@ def test_a_complete_run_says_so(half, tmp_path):
 def test_a_run_without_a_checkpoint_starts(tmp_path):
     assert "starts from the beginning" in resume(tmp_path / "run", tmp_path)
     assert (tmp_path / "run/iter_8.pth").exists()
+
+
+@HOOKS.register_module()
+class SignalOnceHook(Hook):
+    """Sends this process a signal in an iteration, the first time that it gets there."""
+
+    def __init__(self, iteration: int, number: int) -> None:
+        self.iteration, self.number = iteration, number
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        flag = Path(runner.work_dir) / "sent"
+        if runner.iter + 1 == self.iteration and not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), self.number)
+
+
+@HOOKS.register_module()
+class BatchesHook(Hook):
+    """Writes what each iteration of a run sees."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        seen = [round(float(x.sum()), 4) for x in data_batch["inputs"]]
+        with open(Path(runner.work_dir) / "batches.jsonl", "a") as file:
+            file.write(json.dumps({"iter": runner.iter + 1, "seen": seen}) + "\n")
+
+
+def batches_of(work_dir):
+    lines = (Path(work_dir) / "batches.jsonl").read_text().splitlines()
+    return [tuple(json.loads(line).values()) for line in lines]
+
+
+@pytest.mark.parametrize("by_epoch", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_where_it_was(tmp_path, by_epoch, number):
+    hooks = [{"type": "BatchesHook"}, {"type": "SignalOnceHook", "iteration": 5, "number": number}]
+    runs = {}
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        cfg = downstream_config(tmp_path / name, by_epoch=by_epoch, custom_hooks=hooks[:1])
+        if name == "stopped":
+            before = signal.getsignal(number)
+            cfg.custom_hooks = hooks
+            status = train(cfg, tmp_path)
+            assert status == (130 if number == signal.SIGINT else 0)
+            assert signal.getsignal(number) is before
+            assert (tmp_path / name / "last_checkpoint").read_text().endswith("iter_5.pth")
+            assert state_of(tmp_path / name / "iter_5.pth")["meta"]["iter"] == 5
+            train(cfg, tmp_path, "--resume")
+        else:
+            train(cfg, tmp_path)
+        last = tmp_path / name / ("epoch_4.pth" if by_epoch else "iter_8.pth")
+        runs[name] = batches_of(tmp_path / name), state_of(last)
+    words = "Ctrl-C" if number == signal.SIGINT else "a signal"
+    assert f"stopped by {words} after iteration 5; go on with --resume" in log_of(cfg.work_dir)
+    assert runs["stopped"][0] == runs["whole"][0]
+    assert len(runs["whole"][0]) == (32 if by_epoch else 8)
+    for key, tensor in runs["whole"][1]["state_dict"].items():
+        assert torch.equal(tensor, runs["stopped"][1]["state_dict"][key]), key
+    # the checkpoint in between is gone once there is a regular one
+    assert not (tmp_path / "stopped" / "iter_5.pth").exists()

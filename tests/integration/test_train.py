@@ -178,14 +178,14 @@ class SignalHook(Hook):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_scheduler_signal_saves_and_ends_the_run(images, straight, tmp_path, number):
     cfg = toy_config(images, tmp_path / "run", train_dataloader__num_workers=1)
     hook = dict(type="SignalHook", iteration=4, number=int(number))
     hooks = cfg.custom_hooks
     cfg.custom_hooks = [*hooks, hook]
     before = signal.getsignal(number)
-    train(cfg, tmp_path)
+    assert train(cfg, tmp_path) == (130 if number == signal.SIGINT else 0)
     assert list(list_checkpoints(tmp_path / "run")) == [3, 4]
     assert signal.getsignal(number) is before
     cfg.custom_hooks = hooks

@@ -98,15 +98,15 @@ def toy_config(images: Path, work_dir: Path, **changes: object) -> Config:
     return cfg
 
 
-def train(cfg: Config, folder: Path, *arguments: str) -> None:
-    """Run ``tools/train.py`` in this process on a config file of ``cfg``."""
+def train(cfg: Config, folder: Path, *arguments: str) -> int:
+    """Run ``tools/train.py`` in this process on a config file of ``cfg``; its exit status."""
     # MMEngine names loggers and writers by experiment and second.
     cfg.experiment_name = f"toy{next(_RUNS)}"
     path = folder / "toy.py"
     # Laying the config out for readers would take half of the time of such a run.
     with patch("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True)):
         cfg.dump(path)
-        main([str(path), *arguments])
+        return main([str(path), *arguments])
 
 
 def start_training(config: Path, *arguments: str, ranks: int | None = None) -> subprocess.Popen:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.test import parse_args
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = "configs/quickstart/scenes_pretrain.py"
 
@@ -69,3 +71,10 @@ def test_slurm_refuses(arguments, message):
 def test_dist_refuses():
     result = run("dist_test.sh", "c.py", "head.pth")
     assert result.returncode == 2 and "usage: " in result.stderr
+
+
+def test_the_checkpoint_may_stand_after_options():
+    args = parse_args(["c.py", "--launcher", "none", "head.pth", "--cfg-options", "a=1", "b=2"])
+    assert (args.config, args.checkpoint) == ("c.py", "head.pth")
+    assert args.cfg_options == ["a=1", "b=2"]
+    assert parse_args(["c.py", "--tta"]).checkpoint is None

@@ -1,7 +1,6 @@
 """The command lines of tools/export_onnx.py and tools/export_torch.py."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,32 +8,25 @@ from typing import Any
 from rich.console import Console
 
 from dinov3_mm.checkpoints import Statistics, build_backbone, read_statistics
+from dinov3_mm.command_line import ToolParser
 from dinov3_mm.models.backbones.zoo import ZOO
 
 from .check_images import find_images
-from .gate import ExportMismatchError, print_differences
+from .gate import print_differences
 from .graph import DEFAULT_OUTPUTS, OUTPUTS, check_output_names
 from .onnx_file import export_onnx
 from .onnx_graph import DEFAULT_OPSET, check_opset
-from .onnx_runtime import (
-    DEFAULT_PROVIDER,
-    RuntimeRefusalError,
-    check_provider,
-    require_onnx,
-)
+from .onnx_runtime import DEFAULT_PROVIDER, check_provider, require_onnx
 from .plan import DTYPES
 from .records import ExportReport
 from .shapes import parse_size
 from .staging import check_target
 from .torch_file import export_torch
 
-# What a user can put right: shown as one line instead of a traceback.
-_USER_ERRORS = (ExportMismatchError, ImportError, OSError, RuntimeRefusalError, ValueError)
-
 
 def export_parser(description: str) -> argparse.ArgumentParser:
     """Arguments that both tools have; the ONNX tool adds its own with :func:`onnx_parser`."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("weights_or_name", help="weight file, folder or hub name; or a backbone")
@@ -108,13 +100,10 @@ def run_torch(args: argparse.Namespace) -> None:
 def _run(
     args: argparse.Namespace, check: Callable[[], Any], export: Callable[..., ExportReport]
 ) -> None:
-    """Export and print the differences; one line and exit code 1 if that fails."""
+    """Export and print the differences."""
     console = Console()
-    try:
-        check()  # before weights are read
-        report = _export(args, export)
-    except _USER_ERRORS as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    check()  # before weights are read
+    report = _export(args, export)
     print_differences(report.differences, report.bounds, console)
     size = sum(p.stat().st_size for p in report.path.parent.glob(f"{report.path.name}*"))
     outputs = list(report.metadata["outputs"])

@@ -1,6 +1,5 @@
 """The command line of ``tools/demo_*.py``."""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov3_mm.engine import ConfigError
+from dinov3_mm.command_line import ToolParser
 from dinov3_mm.engine.precision import AUTO, dtype_option
 
 from .jobs import classify, detect, estimate_depth, segment
@@ -75,7 +74,7 @@ DEMOS = {
 def run_demo(job: str, argv: Sequence[str] | None = None) -> None:
     """Run a model on images, print a line of JSON for each, write pictures."""
     demo = DEMOS[job]
-    parser = argparse.ArgumentParser(description=f"{job.capitalize()} of images and videos.")
+    parser = ToolParser(description=f"{job.capitalize()} of images and videos.")
     parser.add_argument("config", help="config file")
     parser.add_argument("inputs", nargs="+", help="images, folders of images, or videos")
     parser.add_argument("--checkpoint", metavar="FILE", help="training checkpoint")
@@ -97,19 +96,16 @@ def run_demo(job: str, argv: Sequence[str] | None = None) -> None:
         parser.add_argument("--threshold", type=float, default=0.3, help="least score of a box")
     args = parser.parse_args(argv)
     options = {"threshold": args.threshold} if job == "detection" else {}
-    try:
-        model = load_model(
-            args.config,
-            args.checkpoint,
-            weights=args.weights,
-            head=args.head,
-            device=args.device,
-            dtype=args.dtype,
-        )
-        print(f"computing in {model.choice}", file=sys.stderr)
-        for result in demo.run(model, args.inputs, out_dir=args.out_dir, **options):
-            record = {"image": result.name, "dtype": model.dtype, **demo.describe(result)}
-            print(json.dumps(record), flush=True)
-    except (ConfigError, FileNotFoundError, ValueError) as error:
-        sys.exit(f"demo: {error}")
+    model = load_model(
+        args.config,
+        args.checkpoint,
+        weights=args.weights,
+        head=args.head,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    print(f"computing in {model.choice}", file=sys.stderr)
+    for result in demo.run(model, args.inputs, out_dir=args.out_dir, **options):
+        record = {"image": result.name, "dtype": model.dtype, **demo.describe(result)}
+        print(json.dumps(record), flush=True)
     print(f"pictures: {args.out_dir}", file=sys.stderr)

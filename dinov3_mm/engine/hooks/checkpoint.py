@@ -1,11 +1,8 @@
 """Checkpoints of a pretraining run: written in time, pruned, and on request of a scheduler."""
 
-import signal
-import threading
 from pathlib import Path
 
-import torch
-from mmengine.dist import all_reduce, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
@@ -21,14 +18,9 @@ from dinov3_mm.engine.runner.files import (
 )
 from dinov3_mm.engine.runner.launch import failing_together
 from dinov3_mm.engine.runner.retention import surplus
+from dinov3_mm.engine.runner.stopping import StopRequest
 
 from .export import export_teacher, remove_surplus_exports
-
-# Schedulers announce the end of an allocation with one of these.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-# Processes agree on a stop this often (in steps); a signal reaches them at different times.
-AGREEMENT_INTERVAL = 10
 
 
 @HOOKS.register_module()
@@ -41,8 +33,9 @@ class PretrainCheckpointHook(Hook):
     resumes from the last one. A run that goes on from an older one, or starts anew in a used work
     folder, first sets aside what is later: see :mod:`dinov3_mm.engine.runner.branches`.
 
-    SIGTERM or SIGUSR1 saves at the end of the step and ends the run normally (with several
-    processes within ten steps); the same command with ``--resume`` goes on.
+    Ctrl-C, SIGTERM or SIGUSR1 saves at the end of the step and ends the run normally (with several
+    processes within ten steps); the same command with ``--resume`` goes on. A second Ctrl-C ends
+    the run at once.
 
     Args:
         interval (int): Optimizer steps between checkpoints.
@@ -81,8 +74,7 @@ class PretrainCheckpointHook(Hook):
         self.keep_every = keep_every
         self.save_last = save_last
         self.export = export
-        self._signal: signal.Signals | None = None
-        self._previous_handlers: dict[signal.Signals, object] = {}
+        self.stop = StopRequest()
 
     def before_run(self, runner) -> None:
         """Remove what a killed run left half-written, set aside what this run does not go on from.
@@ -100,22 +92,19 @@ class PretrainCheckpointHook(Hook):
                     runner.logger.warning(line)
 
     def before_train(self, runner) -> None:
-        """Listen for the scheduler; only a main thread can."""
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {
-                number: signal.signal(number, self._remember_signal) for number in STOP_SIGNALS
-            }
+        """Listen for Ctrl-C and the scheduler."""
+        self.stop.listen()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Save at the interval, after the last step and when the scheduler asks."""
+        """Save at the interval, after the last step and when asked to stop."""
         done = runner.iter + 1
-        stops = self._must_stop(runner, done)
+        stops = self.stop.is_agreed(done, distributed=runner.distributed)
         is_last = done == runner.max_iters
         if stops or done % self.interval == 0 or (is_last and self.save_last):
             self._save(runner, done)
         if stops and not is_last:
             runner.logger.warning(
-                f"stopped by a signal after iteration {done}; go on with --resume"
+                f"stopped by {self.stop.in_words()} after iteration {done}; go on with --resume"
             )
             runner.train_loop.stop_training = True
 
@@ -123,22 +112,7 @@ class PretrainCheckpointHook(Hook):
         """Wait for a checkpoint that is being written; give the signals back."""
         runner.strategy.finish_saving()
         self._tidy(runner)
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers = {}
-
-    def _remember_signal(self, number: int, frame) -> None:
-        self._signal = signal.Signals(number)
-
-    def _must_stop(self, runner, done: int) -> bool:
-        """Whether any process was told to stop; all of them answer alike."""
-        if not runner.distributed:
-            return self._signal is not None
-        if done % AGREEMENT_INTERVAL:
-            return False
-        asked = torch.tensor(float(self._signal is not None))
-        all_reduce(asked, "max")
-        return bool(asked)
+        self.stop.release()
 
     def _save(self, runner, done: int) -> None:
         sharded = runner.strategy.saves_shards

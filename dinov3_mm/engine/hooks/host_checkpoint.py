@@ -9,6 +9,10 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
 from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX, atomic_write, flush_to_disk
+from dinov3_mm.engine.runner.stopping import SavedAndStoppedError, StopRequest
+
+# In the message hub of a checkpoint within an epoch: its name, until the next one replaces it.
+_STOPGAP = "dinov3_mm_stopgap"
 
 
 @HOOKS.register_module()
@@ -19,8 +23,17 @@ class HostCheckpointHook(CheckpointHook):
     and then writes the new one under its final name. This one writes aside, renames, and deletes
     last. Names and contents of the files are the same, and so are the arguments.
 
+    Ctrl-C, SIGTERM or SIGUSR1 saves at the end of the iteration (with several processes within ten)
+    and ends the run normally; ``--resume`` goes on. Within an epoch the file is
+    ``iter_<n>.pth``, which the next checkpoint replaces. A second Ctrl-C ends the run at once.
+
     :func:`write_aside` puts it in the place of the other.
     """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.stop = StopRequest()
+        self._last_step: int | None = None
 
     def before_run(self, runner) -> None:
         """Remove what a killed run left half-written."""
@@ -28,6 +41,41 @@ class HostCheckpointHook(CheckpointHook):
             for path in self._folder(runner).glob(f".*.pth{PARTIAL_SUFFIX}"):
                 path.unlink()
                 runner.logger.warning(f"removed {path}, left half-written by a killed run")
+
+    def before_train(self, runner) -> None:
+        """Listen for Ctrl-C and the scheduler."""
+        super().before_train(runner)
+        self.stop.listen()
+
+    def after_train(self, runner) -> None:
+        """Give the signals back."""
+        super().after_train(runner)
+        self.stop.release()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Save at the interval, after the last iteration and when asked to stop.
+
+        Raises:
+            SavedAndStoppedError: when asked to stop.
+        """
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        done = runner.iter + 1
+        asked = self.stop.is_agreed(done, distributed=runner.distributed)
+        if not asked or done == runner.max_iters:
+            return
+        if self.by_epoch or self._last_step != done:
+            self._save_stopgap(runner, done)
+        runner.logger.warning(
+            f"stopped by {self.stop.in_words()} after iteration {done}; go on with --resume"
+        )
+        raise SavedAndStoppedError
+
+    def _save_stopgap(self, runner, done: int) -> None:
+        """Save between two checkpoints."""
+        name = f"iter_{done}.pth"
+        runner.message_hub.update_info(_STOPGAP, name)
+        self._write(runner, name, {"epoch": runner.epoch, "iter": done}, by_epoch=False)
+        runner.logger.info(f"saved {self.last_ckpt}")
 
     def _folder(self, runner) -> Path:
         folder = Path(runner.work_dir)
@@ -43,6 +91,18 @@ class HostCheckpointHook(CheckpointHook):
             self.keep_ckpt_ids.clear()
             self.keep_ckpt_ids.extend(steps)
             runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        stopgap = runner.message_hub.runtime_info.pop(_STOPGAP, None)
+        self._last_step = step
+        self._write(runner, name, meta, by_epoch=self.by_epoch)
+        if not is_main_process():
+            return
+        folder = Path(self.out_dir)
+        for each in old:
+            (folder / self.filename_tmpl.format(each)).unlink(missing_ok=True)
+        if stopgap is not None and stopgap != name:
+            (folder / stopgap).unlink(missing_ok=True)
+
+    def _write(self, runner, name: str, meta: dict, *, by_epoch: bool) -> None:
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         partial = f".{name}{PARTIAL_SUFFIX}"
@@ -53,7 +113,7 @@ class HostCheckpointHook(CheckpointHook):
             save_optimizer=self.save_optimizer,
             save_param_scheduler=self.save_param_scheduler,
             meta=meta,
-            by_epoch=self.by_epoch,
+            by_epoch=by_epoch,
             backend_args=self.backend_args,
             **self.args,
         )
@@ -64,8 +124,6 @@ class HostCheckpointHook(CheckpointHook):
         os.replace(folder / partial, folder / name)
         with atomic_write(Path(runner.work_dir) / "last_checkpoint") as path:
             path.write_text(self.last_ckpt)
-        for each in old:
-            (folder / self.filename_tmpl.format(each)).unlink(missing_ok=True)
 
 
 def write_aside(cfg: Config) -> None:

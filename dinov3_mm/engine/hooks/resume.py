@@ -1,7 +1,8 @@
 """A resumed run: what a checkpoint keeps for it, what it says, and the schedules of this config."""
 
+import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ class ResumeHook(Hook):
             return
         if self.of_host:
             _keep_files_here(runner)
+            _skip_done_batches(runner)
         if self._moves_schedules:
             _move_schedules(runner)
         if is_main_process():
@@ -287,14 +289,46 @@ def _same_schedules(schedulers: list, states: list[dict]) -> bool:
 def _count_epochs_anew(runner, meta: dict) -> bool:
     """As many epochs are another number of iterations where batch or data are others."""
     length, before = _epoch_length(runner), (meta.get(RUN) or {}).get("epoch_length")
-    if not length or not before or length == before or meta["iter"] != meta["epoch"] * before:
+    if not length or not before or length == before or meta["iter"] // before != meta["epoch"]:
         return False
+    # An epoch that was left in its middle begins anew: its images have another order now.
     meta["iter"] = meta["epoch"] * length
     runner.logger.info(
         f"resume: an epoch has {length} iterations, it had {before}: {meta['epoch']} epochs count "
         f"as {meta['iter']} iterations"
     )
     return True
+
+
+class _FirstTimeFrom:
+    """A batch sampler whose first pass begins after some batches; nothing of them is read."""
+
+    def __init__(self, batches, start: int) -> None:
+        self._batches, self._start = batches, start
+
+    def __iter__(self) -> Iterator:
+        start, self._start = self._start, 0
+        return itertools.islice(iter(self._batches), start, None)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getattr__(self, name: str):
+        return getattr(self._batches, name)
+
+
+def _skip_done_batches(runner) -> None:
+    """Go on within an epoch that Ctrl-C or a signal left in its middle."""
+    length = _epoch_length(runner)
+    done = runner.iter - runner.epoch * length
+    if not length or not 0 < done <= length:
+        return
+    loader = runner.train_dataloader
+    # torch refuses to set it, though it reads it anew for each pass.
+    vars(loader)["batch_sampler"] = _FirstTimeFrom(loader.batch_sampler, done)
+    runner.logger.info(
+        f"resume: {done} of {length} iterations of epoch {runner.epoch + 1} are done"
+    )
 
 
 def _epoch_length(runner) -> int:

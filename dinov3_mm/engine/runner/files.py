@@ -15,10 +15,14 @@ An export that is too large for one file is a folder of the same name without su
 ``teacher_latest`` a link to it.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +35,39 @@ _LATEST = "teacher_latest"
 
 BRANCH_FILE = "branch.json"
 ABANDONED = "abandoned"
+
+
+_IN_USE = ".in_use"
+
+
+@contextlib.contextmanager
+def occupied(work_dir: str | Path) -> Iterator[None]:
+    """Keep other processes from training into a work folder meanwhile.
+
+    The lock is this process's own: it ends with it, however it ends, and its loader workers do not
+    prolong it. Where a file system has no locks, nothing is kept.
+
+    Raises:
+        ValueError: another process does already.
+    """
+    os.makedirs(work_dir, exist_ok=True)
+    with open(Path(work_dir) / _IN_USE, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ValueError(
+                f"another training writes into {work_dir} ({file.read().strip() or 'unknown'}): "
+                "wait for its end, or give another --work-dir"
+            ) from None
+        except OSError:
+            pass
+        else:
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
+            file.flush()
+        yield
 
 
 @dataclass(frozen=True)

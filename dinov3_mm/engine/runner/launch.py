@@ -27,6 +27,8 @@ import torch.distributed as dist
 from mmengine.dist import all_gather_object
 from torch.distributed.device_mesh import DeviceMesh
 
+from dinov3_mm.evaluation.ranks import OtherRankError
+
 LAUNCHERS = ("none", "pytorch", "slurm")
 
 
@@ -106,7 +108,7 @@ def failing_together() -> Iterator[None]:
     must not communicate.
 
     Raises:
-        RuntimeError: on the ranks where the body did not fail itself; with the other's message.
+        OtherRankError: on the ranks where the body did not fail itself; with the other's message.
     """
     error = None
     try:
@@ -118,7 +120,7 @@ def failing_together() -> Iterator[None]:
         raise error
     for rank, text in enumerate(texts):
         if text is not None:
-            raise RuntimeError(f"rank {rank} failed: {text}")
+            raise OtherRankError(f"rank {rank} failed: {text}")
 
 
 def find_placement(launcher: str, environment: Mapping[str, str]) -> Placement:
