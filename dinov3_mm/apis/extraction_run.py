@@ -24,6 +24,11 @@ from .extractor import FeatureExtractor
 from .fields import FieldSelection
 from .image_loading import SourcePixels, group_by_size, load_batches
 
+_UNKNOWN = (
+    "{out} was written by an earlier version, which did not note the states of files: images that "
+    "changed in place since then are not noticed; delete it to compute them anew"
+)
+
 Progress = Callable[[int, int], None]  # images with features, images left out
 
 
@@ -89,6 +94,8 @@ class ExtractionRun:
             differences = compare_images(earlier, paths, same_list=same, content=self.content)
             if differences is None:  # hardly one of them: another data set
                 check_same(there, self.plan.settings, self.out)
+                if index and "files" not in index:
+                    self.notes = [_UNKNOWN.format(out=self.out)]
             elif differences or not same:
                 self.notes = differences or ["the images come in another order"]
                 self._set_aside()

@@ -221,6 +221,23 @@ def test_a_file_with_its_old_size_and_time_is_noticed_on_request(tmp_path):
     assert note.startswith("1 images changed since")
 
 
+def test_what_an_earlier_version_wrote_says_so(folder, tmp_path):
+    index = extract(folder, tmp_path / "out").index_file
+    older = {k: v for k, v in json.loads(index.read_text()).items() if k != "files"}
+    index.write_text(json.dumps(older))
+    (note,) = extract(folder, tmp_path / "out").notes
+    assert "earlier version" in note
+
+
+def test_most_images_gone_is_another_data_set(tmp_path):
+    write_pictures(tmp_path / "images", 5)
+    extract(tmp_path / "images", tmp_path / "out")
+    for path in sorted((tmp_path / "images").iterdir())[:3]:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"another run: source\.num_images 5 there, 2 asked"):
+        extract(tmp_path / "images", tmp_path / "out")
+
+
 def test_a_foreign_file_is_not_overwritten(folder, tmp_path):
     (tmp_path / "x.npy").write_bytes(b"precious")
     with pytest.raises(FileExistsError, match=r"x\.npy exists and was not written by this"):

@@ -3,8 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, DefaultScope
 from rich.progress import track
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dinov3_mm.checkpoints import atomic_write
@@ -27,9 +26,6 @@ from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.precision import (
     DTYPES,
     SWITCH,
-    asked_dtype,
-    autocast_parts,
-    choose_dtype,
     describe_choice,
 )
 from dinov3_mm.evaluation.ranks import together
@@ -37,89 +33,13 @@ from dinov3_mm.features.files import FileState, file_states, is_same, some
 from dinov3_mm.features.shards import SHARD_BYTES
 from dinov3_mm.suggest import hint
 
+from .frozen import CachedModel, NotCacheableError, SeenError, recorded
 from .store import Batch, Call, FeatureStore, Place, Sample, flatten, map_outputs, origin_key
 from .store import size_of as size_of_sample
 from .views import Views, drawn_from, for_features, plain, stamp, without_pipeline
 
 ORIGIN = "origin.json"
 _TRIES = 8
-# Ways into a backbone that our models take.
-_ENTRIES = ("forward", "get_intermediate_layers")
-
-
-class NotCacheableError(ConfigError):
-    """What a model does with its backbone cannot be stored."""
-
-
-@dataclass
-class CachedModel:
-    """A model whose backbone, or the part of it that is frozen, is computed once.
-
-    Attributes:
-        model: on its device, in evaluation mode.
-        frozen: the module whose outputs are stored.
-        looks_at_images: something of the backbone trains and needs the image, as an adapter does.
-        asked, computed: the dtype of the config, and the one that it means here.
-    """
-
-    model: nn.Module
-    frozen: nn.Module
-    looks_at_images: bool
-    asked: str
-    computed: str
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-
-def build_cached_model(cfg: Config) -> CachedModel:
-    """Build a config's model for the computation of features.
-
-    Raises:
-        ConfigError: a backbone that trains, or a preprocessor that mixes images.
-    """
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
-        model = MODELS.build(cfg.model)
-    model.init_weights()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()
-    frozen = frozen_part(model.backbone)
-    if getattr(model.data_preprocessor, "batch_augments", None):
-        raise ConfigError(
-            "feature cache: the preprocessor mixes images (batch_augments); leave them out"
-        )
-    asked = asked_dtype(cfg) or "fp32"
-    computed = choose_dtype(asked, device)
-    if computed == "bf16":
-        autocast_parts(model, DTYPES[computed])
-    return CachedModel(model, frozen, frozen is not model.backbone, asked, computed)
-
-
-def frozen_part(backbone: nn.Module) -> nn.Module:
-    """The backbone if nothing of it trains, else the frozen backbone inside an adapter.
-
-    Raises:
-        ConfigError: neither is frozen.
-    """
-    inner = getattr(backbone, "backbone", None)
-    for module in (backbone, inner):
-        if module is not None and not any(p.requires_grad for p in module.parameters()):
-            return module
-    names = [name for name, value in (inner or backbone).named_parameters() if value.requires_grad]
-    raise ConfigError(
-        f"feature cache: the backbone is not frozen ({len(names)} of its tensors train, "
-        f"such as {names[0]}); set frozen_stages to the number of its blocks"
-    )
-
-
-def detour(module: nn.Module, around: Callable[[Callable], Callable]) -> None:
-    """Put a function around every way into a module; looked up at each call, so that a change of
-    the module's class, as for autocast, is not undone."""
-    for name in _ENTRIES:
-        if hasattr(type(module), name):
-            entry = lambda *a, _name=name, **k: getattr(type(module), _name)(module, *a, **k)  # noqa: E731
-            setattr(module, name, around(entry))
 
 
 @dataclass
@@ -333,10 +253,10 @@ class _Computation:
         batch = {key: [part[key] for part in parts] for key in ("inputs", "data_samples")}
         calls: list[tuple[Any, tuple[int, int]]] = []
         model = self.cached.model
-        with _recorded(self.cached.frozen, calls, stop=self.data.training):
+        with recorded(self.cached.frozen, calls, stop=self.data.training):
             if self.data.training:
                 inputs = model.data_preprocessor(batch, True)["inputs"]
-                with suppress(_SeenError):
+                with suppress(SeenError):
                     model.extract_feat(inputs)
             else:
                 model.test_step(batch)
@@ -348,38 +268,6 @@ class _Computation:
         if not calls:
             raise NotCacheableError("the model does not call its backbone")
         return calls
-
-
-class _SeenError(Exception):
-    """The backbone has been called; what comes after it is not needed."""
-
-
-@contextmanager
-def _recorded(module: nn.Module, calls: list, *, stop: bool) -> Iterator[None]:
-    """Note outputs and input sizes of a module."""
-    depth = [0]
-
-    def around(entry: Callable) -> Callable:
-        def forward(inputs: Tensor, *args: Any, **options: Any) -> Any:
-            depth[0] += 1
-            try:
-                outputs = entry(inputs, *args, **options)
-            finally:
-                depth[0] -= 1
-            if depth[0] == 0:
-                calls.append((outputs, tuple(inputs.shape[-2:])))
-                if stop:
-                    raise _SeenError
-            return outputs
-
-        return forward
-
-    detour(module, around)
-    try:
-        yield
-    finally:
-        for name in _ENTRIES:
-            module.__dict__.pop(name, None)
 
 
 def _check(worker: _Computation, folder: Path, jobs: Sequence[tuple[int, int]]) -> None:

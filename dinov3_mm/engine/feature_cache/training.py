@@ -21,16 +21,18 @@ from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.features.files import some
 
 from .compute import (
-    CachedModel,
     DiskError,
-    NotCacheableError,
-    build_cached_model,
     build_data,
     compute_features,
-    detour,
-    frozen_part,
     image_keys,
     place_of,
+)
+from .frozen import (
+    CachedModel,
+    NotCacheableError,
+    build_cached_model,
+    detour,
+    frozen_part,
 )
 from .store import Call, FeatureStore, map_outputs
 from .views import (

@@ -12,7 +12,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import MODELS, DefaultScope
 
 from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.feature_cache.compute import frozen_part
+from dinov3_mm.engine.feature_cache.frozen import frozen_part
 from dinov3_mm.engine.feature_cache.views import (
     SIZE,
     drawn_from,
