@@ -1,6 +1,6 @@
 """Heads with and without the feature cache on rendered scenes; its seconds; a rank that fails.
 
-    python tests/acceptance/feature_cache.py [--weights FILE] [--iterations 60] [--images 96]
+    python -m tests.acceptance.feature_cache [--weights FILE] [--iterations 60] [--images 96]
         [--jobs classification segmentation] [--seeds 1]
 
 Trains the quickstart's heads with the random steps of the shipped configs added (crops and flips;
