@@ -42,7 +42,7 @@ def write_folder(folder: Path, count: int) -> None:
 
 
 def config(data: Path, weights: Path, work_dir: Path, batch_size: int) -> Config:
-    """The config without random steps, on the files."""
+    """The config with the steps of validation, on the files."""
     cfg = Config.fromfile(CONFIG)
     set_data_root(cfg, str(data))
     cfg.model.backbone.init_cfg.checkpoint = str(weights)

@@ -89,6 +89,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     running.add_argument("--store-dtype", default="fp32", choices=("fp32", "fp16"))
     running.add_argument("--shard-size", type=int, help="images per shard; default: about 256 MiB")
+    running.add_argument(
+        "--hash-files",
+        action="store_true",
+        help="notice changed images by their bytes, not by size and time alone",
+    )
     running.add_argument("--num-workers", type=int, help="decoding processes per rank")
     running.add_argument("--device", help="default: CUDA if it is there")
     running.add_argument("--launcher", choices=LAUNCHERS, default="none")
@@ -221,11 +226,14 @@ def extract(args: argparse.Namespace) -> None:
         shard_size=args.shard_size,
         num_workers=args.num_workers,
         source_options=options,
+        content=args.hash_files,
         on_start=report.start if is_main else None,
         on_progress=report.update if is_main else None,
     )
     if is_main:
         report.stop()
+        for note in result.notes:
+            console.print(note, highlight=False, soft_wrap=True)
         summarise(args.out, result.index)
 
 

@@ -38,6 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--cache-features", metavar="DIR", help="compute the features once, into DIR"
     )
     parser.add_argument("--cache-dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--cache-views", type=int, default=1, metavar="N")
+    parser.add_argument("--cache-hash", action="store_true")
     parser.add_argument("--data", metavar="DIR", help="root of the data set")
     parser.add_argument("--weights", metavar="FILE_OR_NAME", help="weights of the backbone")
     parser.add_argument("--work-dir", help="folder of the trials; default: of the config")
@@ -71,7 +73,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     apply_options(cfg, parse_options(args.cfg_options))
     settle_host(cfg)
     if args.cache_features is not None:
-        use_feature_cache(cfg, args.cache_features, args.cache_dtype)
+        lines = use_feature_cache(
+            cfg,
+            args.cache_features,
+            args.cache_dtype,
+            views=args.cache_views,
+            content=args.cache_hash,
+        )
+        print("\n".join(lines))
     work_dir = Path(args.work_dir or f"work_dirs/sweep_{Path(args.config).stem}")
     trials = list(sweep(cfg, parse_grid(args.grid), work_dir))
     Console(width=160).print(table(trials))

@@ -90,10 +90,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--cache-features",
         metavar="DIR",
         help="compute the features of the frozen backbone once, into DIR, and train the head from "
-        "them; for downstream configs without random augmentation",
+        "them; random crops and colours are replaced by the geometry of validation",
     )
     parser.add_argument(
         "--cache-dtype", choices=("fp32", "bf16"), default="fp32", help="of cached features"
+    )
+    parser.add_argument(
+        "--cache-views",
+        type=int,
+        default=1,
+        metavar="N",
+        help="views of an image to cache: the first as in validation, the others with random flips "
+        "and crops of the config, drawn once; default: 1",
+    )
+    parser.add_argument(
+        "--cache-hash",
+        action="store_true",
+        help="notice changed images by their bytes, not by size and time alone",
     )
     parser.add_argument("--seed", type=int, help="seed of data order, crops, masks and weights")
     parser.add_argument(
@@ -156,12 +169,18 @@ def settle_stage(cfg: Config, args: argparse.Namespace) -> list[str]:
     return start_from_stage(cfg, args.from_stage, gram_iter=args.gram_iter)
 
 
-def cache_features(cfg: Config, folder: str, dtype: str) -> list[str]:
+def cache_features(cfg: Config, args: argparse.Namespace) -> list[str]:
     """Train from features that are computed once; lines for the log."""
     if not is_host_config(cfg):
         raise ConfigError("--cache-features is for heads on a frozen backbone, not for pretraining")
     settle_host(cfg)
-    return use_feature_cache(cfg, folder, dtype)
+    return use_feature_cache(
+        cfg,
+        args.cache_features,
+        args.cache_dtype,
+        views=args.cache_views,
+        content=args.cache_hash,
+    )
 
 
 def try_out(args: argparse.Namespace) -> None:
@@ -226,7 +245,7 @@ def prepare(cfg: Config, args: argparse.Namespace) -> FlexibleRunner | Runner:
             f"resume: {cfg.work_dir} holds no checkpoint yet: the run starts from the beginning"
         )
     if args.cache_features is not None:
-        notes += cache_features(cfg, args.cache_features, args.cache_dtype)
+        notes += cache_features(cfg, args)
     return build_runner(cfg, notes=notes)
 
 

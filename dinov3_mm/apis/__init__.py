@@ -1,8 +1,9 @@
 """What a script or a notebook calls."""
 
+from dinov3_mm.features import FeatureSet, load_features
+
 from .extraction import extract_to_files
 from .extractor import FeatureExtractor
-from .feature_files import FeatureSet, load_features
 from .preparation import ImagePreparation, UnsuitableImageError
 from .tokens import ImageFeatures, Tokens
 

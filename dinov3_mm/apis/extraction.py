@@ -13,11 +13,11 @@ from mmengine.dist import barrier, broadcast_object_list, get_dist_info
 
 from dinov3_mm.datasets.loader import default_num_workers
 from dinov3_mm.datasets.sources import ImageSource
+from dinov3_mm.features.merge import check_format
+from dinov3_mm.features.plan import ExtractionPlan, hash_paths
 
 from .extraction_run import ExtractionRun, Progress
 from .extractor import FeatureExtractor
-from .feature_files.merge import check_format
-from .feature_files.plan import ExtractionPlan, hash_paths
 from .fields import FieldSelection
 
 _SHARD_BYTES = 256 * 2**20
@@ -34,11 +34,13 @@ class ExtractionResult:
         index: content of the index file.
         index_file: its path.
         resumed: shards that were there already.
+        notes: what became of the images of an earlier run, in words.
     """
 
     index: dict[str, Any]
     index_file: Path
     resumed: int
+    notes: list[str]
 
 
 def extract_to_files(
@@ -51,6 +53,7 @@ def extract_to_files(
     shard_size: int | None = None,
     num_workers: int | None = None,
     source_options: Mapping[str, Any] | None = None,
+    content: bool = False,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Progress | None = None,
 ) -> ExtractionResult:
@@ -59,6 +62,9 @@ def extract_to_files(
     With a process group every rank takes a share of the shards; ``out`` lies on a disk that all
     see. A shard is complete when its file exists: a killed run repeats only the shards that are
     not, with any number of ranks. Images that cannot be read are left out and named in the index.
+
+    A run over images of which some were changed, added or removed since keeps the rows of the
+    others. Where more than half of the images are gone it is refused, as it is with other options.
 
     Args:
         extractor: the model and its options.
@@ -71,6 +77,7 @@ def extract_to_files(
             sizes are stored.
         num_workers: processes that decode; 0 decodes in this one.
         source_options: how the source reads its images; a rerun with others is refused.
+        content: compare files by a hash of their bytes too, not only by size and time.
         on_start: called on every rank with the images it will extract, and those there already.
         on_progress: called on every rank after each batch with the images extracted and left out.
 
@@ -82,6 +89,7 @@ def extract_to_files(
     """
     out = Path(out).expanduser()
     run = _prepare(extractor, source, out, what, store_dtype, shard_size, source_options or {})
+    run.content = content
     _raise_together(run.open)
     rank, world_size = get_dist_info()
     # Ranks that looked for themselves could see different files.
@@ -95,7 +103,7 @@ def extract_to_files(
     barrier()
     _raise_together(run.finish)
     index = json.loads(run.index_file.read_text(encoding="utf-8"))
-    return ExtractionResult(index, run.index_file, run.plan.num_shards - len(pending))
+    return ExtractionResult(index, run.index_file, run.plan.num_shards - len(pending), run.notes)
 
 
 def _prepare(

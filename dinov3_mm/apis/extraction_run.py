@@ -13,14 +13,21 @@ from torch import Tensor
 
 from dinov3_mm.checkpoints import atomic_write
 from dinov3_mm.datasets.sources import ImageSource
+from dinov3_mm.features.earlier import EarlierRun, compare_images
+from dinov3_mm.features.files import file_states
+from dinov3_mm.features.load import INDEX_FILE
+from dinov3_mm.features.merge import merge_shards
+from dinov3_mm.features.plan import FORMAT_VERSION, ExtractionPlan, check_same
+from dinov3_mm.features.shards import ShardBuffer, read_shard_header, write_shard
 
 from .extractor import FeatureExtractor
-from .feature_files.load import INDEX_FILE
-from .feature_files.merge import merge_shards
-from .feature_files.plan import FORMAT_VERSION, ExtractionPlan, check_same
-from .feature_files.shards import ShardBuffer, read_shard_header, write_shard
 from .fields import FieldSelection
 from .image_loading import SourcePixels, group_by_size, load_batches
+
+_UNKNOWN = (
+    "{out} was written by an earlier version, which did not note the states of files: images that "
+    "changed in place since then are not noticed; delete it to compute them anew"
+)
 
 Progress = Callable[[int, int], None]  # images with features, images left out
 
@@ -36,7 +43,9 @@ class ExtractionRun:
         plan: shards and settings.
         template: arrays without rows, of the shapes that shards have.
         description: what the index says about the model and the fields.
+        content: compare files by a hash of their bytes too.
         buffers: shards under way.
+        notes: what became of the images of an earlier run, in words.
     """
 
     extractor: FeatureExtractor
@@ -46,7 +55,9 @@ class ExtractionRun:
     plan: ExtractionPlan
     template: dict[str, np.ndarray]
     description: dict[str, Any]
+    content: bool = False
     buffers: dict[int, ShardBuffer] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def is_file(self) -> bool:
@@ -65,20 +76,48 @@ class ExtractionRun:
     def is_finished(self) -> bool:
         return self.index_file.is_file()
 
+    @property
+    def earlier(self) -> Path:
+        """Where the shards of a run lie whose images were not all the same."""
+        return self.folder.with_name(f"{self.folder.name}.earlier")
+
     def open(self) -> None:
         """Go on with what is on disk, or begin; on rank 0."""
         found = ExtractionPlan.load(self.folder)
-        if self.is_finished:
-            check_same(
-                json.loads(self.index_file.read_text())["settings"], self.plan.settings, self.out
-            )
-        elif found is not None:
-            check_same(found.settings, self.plan.settings, self.out)
+        if self.is_finished or found is not None:
+            index = json.loads(self.index_file.read_text()) if self.is_finished else None
+            there = index["settings"] if index else found.settings
+            earlier = EarlierRun.of(self.folder, self.out, index)
+            paths = [self.source.path(i) for i in range(len(self.source))]
+            check_same(_options(there), _options(self.plan.settings), self.out)
+            same = there == self.plan.settings
+            differences = compare_images(earlier, paths, same_list=same, content=self.content)
+            if differences is None:  # hardly one of them: another data set
+                check_same(there, self.plan.settings, self.out)
+                if index and "files" not in index:
+                    self.notes = [_UNKNOWN.format(out=self.out)]
+            elif differences or not same:
+                self.notes = differences or ["the images come in another order"]
+                self._set_aside()
         elif self.is_file and self.out.exists():
             raise FileExistsError(f"{self.out} exists and was not written by this program")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.plan.save(self.folder)
+
+    def _set_aside(self) -> None:
+        """Begin anew beside what an earlier run has left, whose rows are taken over.
+
+        After a kill between any two steps, :meth:`open` repeats them.
+        """
+        if self.folder.is_dir():
+            shutil.rmtree(self.earlier, ignore_errors=True)
+            self.folder.rename(self.earlier)
+        self.folder.mkdir(parents=True)
+        self.plan.save(self.folder)
+        if self.is_file and self.is_finished:
+            self.earlier.mkdir(exist_ok=True)
+            self.index_file.rename(self.earlier / INDEX_FILE)
 
     def pending(self) -> list[int]:
         """Shards without a file."""
@@ -95,6 +134,8 @@ class ExtractionRun:
             return
         images = {shard: self.plan.images_of(shard) for shard in shards}
         self.buffers = {shard: ShardBuffer(indices) for shard, indices in images.items()}
+        self._note_states(images)
+        images = {shard: self._take_over(shard, indices) for shard, indices in images.items()}
         native = self.extractor.preparation.size is None
         size = 1 if native else self.extractor.capacity(*self.extractor.preparation.size)
         batches = [
@@ -118,6 +159,28 @@ class ExtractionRun:
                 first += count
             on_progress(len(indices), 0)
             self._write_if_complete(shard)
+
+    def _note_states(self, images: dict[int, range]) -> None:
+        """What the files are before they are read: one that changes meanwhile differs later."""
+        for shard, indices in images.items():
+            paths = [self.source.path(index) for index in indices]
+            states = file_states(paths, content=self.content)
+            self.buffers[shard].states = dict(zip(indices, states, strict=True))
+
+    def _take_over(self, shard: int, indices: range) -> list[int]:
+        """Fill a shard with rows of the run before, and return the images that it lacks."""
+        earlier = EarlierRun.of(self.earlier, self.out)
+        buffer = self.buffers[shard]
+        missing = []
+        for index in indices:
+            row = earlier and earlier.row(self.source.path(index), buffer.states[index])
+            if row is None:
+                missing.append(index)
+            else:
+                buffer.add([index], row)
+        if not missing:
+            self._write_if_complete(shard)
+        return missing
 
     def _groups(
         self, loaded: Iterator, native: bool, on_progress: Progress
@@ -149,8 +212,13 @@ class ExtractionRun:
         header = {
             "key": self.plan.key,
             "paths": [self.source.path(index) for index in buffer.kept],
+            "files": [buffer.states[index] for index in buffer.kept],
             "left_out": [
-                {"path": self.source.path(index), "reason": reason}
+                {
+                    "path": self.source.path(index),
+                    "reason": reason,
+                    "file": buffer.states[index],
+                }
                 for index, reason in sorted(buffer.left_out.items())
             ],
         }
@@ -163,6 +231,7 @@ class ExtractionRun:
         if self.is_finished:
             if self.is_file:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.earlier, ignore_errors=True)
             return
         shards = [self.folder / self.plan.shard_file(s) for s in range(self.plan.num_shards)]
         headers = [self._header(shard) for shard in shards]
@@ -184,11 +253,13 @@ class ExtractionRun:
             "shards": [] if self.is_file else self._shard_entries(shards, headers),
             "left_out": left_out,
             "paths": paths,
+            "files": [state for header in headers for state in header["files"]],
         }
         with atomic_write(self.index_file) as partial:
             partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         if self.is_file:
             shutil.rmtree(self.folder)
+        shutil.rmtree(self.earlier, ignore_errors=True)
 
     def _header(self, shard: Path) -> dict[str, Any]:
         header = read_shard_header(shard)
@@ -198,3 +269,9 @@ class ExtractionRun:
 
     def _shard_entries(self, shards: Sequence[Path], headers: Sequence[dict]) -> list[dict]:
         return [{"file": s.name, "rows": len(h["paths"])} for s, h in zip(shards, headers)]
+
+
+def _options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the images, which may come and go."""
+    source = {k: v for k, v in settings["source"].items() if k not in ("num_images", "paths")}
+    return {**settings, "source": source}

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov3_mm.features.shards import GRID_SUFFIX
 from dinov3_mm.suggest import hint
 
-from .feature_files.shards import GRID_SUFFIX
 from .tokens import FIELDS, ImageFeatures, Tokens
 
 STORE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

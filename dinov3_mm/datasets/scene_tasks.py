@@ -80,6 +80,10 @@ class SyntheticScenesTask(BaseDataset):
         truth = _TRUTHS[self.task](self.scenes, info["img_id"])
         return {**info, "img": image, "img_shape": size, "ori_shape": size, **truth}
 
+    def image_name(self, idx: int) -> str:
+        """``img_path`` of a sample, without painting it."""
+        return self.scenes.path(idx)
+
     def get_cat_ids(self, idx: int) -> list[int]:
         """Categories in a sample, for samplers that balance them."""
         return sorted({item.category for item in self.scenes.scene(idx).objects})

@@ -1,7 +1,9 @@
 """Extraction to disk: order, failures, interruption, other options, ranks."""
 
+import contextlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +154,88 @@ def test_other_options_weights_or_images_are_refused(folder, tmp_path, name, fin
     with pytest.raises(ValueError, match=r"holds features of another run: source\.num_images"):
         extract(tmp_path / "others", tmp_path / name)
     assert extract(folder, tmp_path / name).index["num_images"] == 11
+
+
+@pytest.mark.parametrize("name", ["out", "one.safetensors", "one.npy"])
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("native", [True, False])
+def test_images_that_changed_are_computed_anew(tmp_path, name, finished, native, monkeypatch):
+    if native and name == "one.npy":
+        pytest.skip("holds no images of several sizes")
+    images = tmp_path / "images"
+    write_pictures(images, 8)
+    options = {"what": ["patches"]} if native else {}
+    extractor = toy_extractor(image_size="native") if native else toy_extractor()
+
+    def stop(done, left_out):
+        if not finished and list(tmp_path.rglob("features-*.safetensors")):
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        extract(images, tmp_path / name, extractor, shard_size=3, on_progress=stop, **options)
+    first, second, *_, last = sorted(images.iterdir())
+    second.write_bytes(last.read_bytes())
+    first.rename(images / "zz.png")
+    result = extract(images, tmp_path / name, extractor, shard_size=3, **options)
+    if finished:
+        assert [note.split(":")[0] for note in result.notes] == [
+            "1 images changed since",
+            "1 images are new",
+            "1 images are gone",
+        ]
+    stored = load_features(tmp_path / name)
+    expected = load_features(
+        extract(images, tmp_path / "fresh", extractor, **options).index_file.parent
+    )
+    assert stored.paths == expected.paths and len(stored.paths) == 8
+    (field,) = stored
+    for row in range(8):
+        np.testing.assert_allclose(stored[field][row], expected[field][row], atol=1e-5)
+    # What had not changed was not computed again.
+    passes = []
+    run = type(extractor).run
+
+    def counted(self, groups, select):
+        groups = list(groups)
+        passes.extend(index for key, _ in groups if key is not None for index in key[1])
+        return run(self, groups, select)
+
+    monkeypatch.setattr(type(extractor), "run", counted)
+    last.write_bytes(second.read_bytes() + b" ")
+    extract(images, tmp_path / name, extractor, shard_size=3, **options)
+    assert [Path(stored.paths[index]) for index in passes] == [last]
+    assert not list(tmp_path.glob("*.earlier")) and not list(tmp_path.glob("*.parts"))
+
+
+def test_a_file_with_its_old_size_and_time_is_noticed_on_request(tmp_path):
+    images = tmp_path / "images"
+    write_pictures(images, 3)
+    first = min(images.iterdir())
+    old = first.read_bytes()
+    stat = first.stat()
+    extract(images, tmp_path / "out", content=True)
+    first.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+    os.utime(first, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert extract(images, tmp_path / "out").notes == []
+    (note,) = extract(images, tmp_path / "out", content=True).notes
+    assert note.startswith("1 images changed since")
+
+
+def test_what_an_earlier_version_wrote_says_so(folder, tmp_path):
+    index = extract(folder, tmp_path / "out").index_file
+    older = {k: v for k, v in json.loads(index.read_text()).items() if k != "files"}
+    index.write_text(json.dumps(older))
+    (note,) = extract(folder, tmp_path / "out").notes
+    assert "earlier version" in note
+
+
+def test_most_images_gone_is_another_data_set(tmp_path):
+    write_pictures(tmp_path / "images", 5)
+    extract(tmp_path / "images", tmp_path / "out")
+    for path in sorted((tmp_path / "images").iterdir())[:3]:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"another run: source\.num_images 5 there, 2 asked"):
+        extract(tmp_path / "images", tmp_path / "out")
 
 
 def test_a_foreign_file_is_not_overwritten(folder, tmp_path):

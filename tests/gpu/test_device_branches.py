@@ -35,7 +35,7 @@ BRANCHES = {
     "apis/extractor.py::FeatureExtractor._place": f"{GPU_CHECK}extraction",
     "apis/extractor.py::FeatureExtractor.run": f"{GPU_CHECK}extraction",
     "apis/prediction/model.py::load_model": f"{GPU_CHECK}extraction",
-    "engine/feature_cache/compute.py::compute_cache": f"{GPU_CHECK}extraction",
+    "engine/feature_cache/frozen.py::build_cached_model": f"{GPU_CHECK}extraction",
     "datasets/loader.py::build_pretrain_dataloader": f"{GPU_CHECK}recipe-step",
     "engine/autoscale/facts.py::gpu_gib": f"{SECOND}::test_memory_is_that_of_the_gpu",
     "engine/capture.py::random_state": f"{SECOND}::test_the_generator_of_the_gpu_is_captured",

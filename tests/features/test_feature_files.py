@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dinov3_mm.apis.feature_files.load import RaggedRows, ShardedRows
-from dinov3_mm.apis.feature_files.mapped import create_tensors, map_tensors, read_metadata
-from dinov3_mm.apis.feature_files.merge import check_format, merge_shards
-from dinov3_mm.apis.feature_files.shards import ShardBuffer, write_shard
+from dinov3_mm.features.load import RaggedRows, ShardedRows
+from dinov3_mm.features.merge import check_format, merge_shards
+from dinov3_mm.features.shards import (
+    ShardBuffer,
+    create_tensors,
+    map_tensors,
+    read_metadata,
+    write_shard,
+)
 
 rng = np.random.default_rng(0)
 needs_pyarrow = pytest.mark.skipif(

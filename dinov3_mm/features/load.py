@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .mapped import map_tensors
 from .merge import import_parquet
-from .shards import GRID_SUFFIX
+from .shards import GRID_SUFFIX, map_tensors
 
 INDEX_FILE = "index.json"
 
@@ -116,17 +115,25 @@ def load_features(out: str | os.PathLike) -> FeatureSet:
             "the same command"
         )
     index = json.loads(index_file.read_text(encoding="utf-8"))
+    return FeatureSet(index, open_index(out, index))
+
+
+def open_index(out: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a complete run that an index describes."""
     if out.is_dir():
-        files = [map_tensors(out / shard["file"]) for shard in index["shards"]]
-        arrays = {name: _rows([file[name] for file in files]) for name in files[0]}
-    elif out.suffix == ".npy":
+        return open_shards([out / shard["file"] for shard in index["shards"]])
+    if out.suffix == ".npy":
         (field,) = index["fields"]
-        arrays = {field: np.load(out, mmap_mode="r")}
-    elif out.suffix == ".parquet":
-        return FeatureSet(index, _read_parquet(out, index))
-    else:
-        arrays = map_tensors(out)
-    return FeatureSet(index, _with_ragged(arrays))
+        return {field: np.load(out, mmap_mode="r")}
+    if out.suffix == ".parquet":
+        return _read_parquet(out, index)
+    return _with_ragged(map_tensors(out))
+
+
+def open_shards(shards: Sequence[Path]) -> dict[str, Any]:
+    """The fields of shards, one after the other."""
+    files = [map_tensors(shard) for shard in shards]
+    return _with_ragged({name: _rows([file[name] for file in files]) for name in files[0]})
 
 
 def _rows(parts: list[np.ndarray]) -> np.ndarray | ShardedRows:
@@ -144,7 +151,7 @@ def _with_ragged(arrays: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_parquet(path: Path, index: dict[str, Any]) -> dict[str, Any]:
+def _read_parquet(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     table = import_parquet().read_table(path, memory_map=True)
     arrays = {}
     for name in table.column_names[1:]:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .mapped import create_tensors, map_tensors
-from .shards import GRID_SUFFIX, read_shard_header
+from .shards import GRID_SUFFIX, create_tensors, map_tensors, read_shard_header
 
 Shards = Sequence[Path]
 
