@@ -3,7 +3,7 @@
 from mmengine.config import Config
 
 from dinov3_mm.engine.autoscale import DataFacts, resolve_auto
-from dinov3_mm.engine.autoscale.facts import auto_places, gpu_gib
+from dinov3_mm.engine.autoscale.resolve import auto_places, gpu_gib
 from dinov3_mm.engine.autoscale.rules import held_out_every
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
 from dinov3_mm.engine.starting_point import settle_data
