@@ -27,8 +27,8 @@ from mmengine.registry import MODELS
 from dinov3_mm.checkpoints import atomic_write
 from dinov3_mm.engine.dry_run import dry_run
 from dinov3_mm.engine.dry_run.batches import crop_sets, make_batch
+from dinov3_mm.engine.dry_run.config import needs_process_group, settle_config
 from dinov3_mm.engine.dry_run.fake_world import fake_ranks
-from dinov3_mm.engine.dry_run.settle import needs_process_group, settle_config
 from dinov3_mm.engine.plan import own_peaks
 from tests.engine.dry_run.real_step import measured_peak
 

@@ -177,7 +177,13 @@ def _predicted_peak(cfg: Config, world_size: int, num_images: int) -> int:
     except UnknownStepError:
         # In a process of its own: this one may belong to a process group and have a GPU.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_measured_peak, (cfg, world_size, num_images))
+            try:
+                return pool.apply(_measured_peak, (cfg, world_size, num_images))
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"{BATCH}='auto' follows from the memory of a step, and a dry run of this one "
+                    f"failed ({error}); give a number"
+                ) from error
 
 
 def _measured_peak(cfg: Config, world_size: int, num_images: int) -> int:

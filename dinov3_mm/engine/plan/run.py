@@ -10,10 +10,9 @@ from torch import nn
 
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.dry_run.batches import crop_sets
+from dinov3_mm.engine.dry_run.config import check_numbers, needs_process_group, settle_config
 from dinov3_mm.engine.dry_run.fake_world import fake_ranks
-from dinov3_mm.engine.dry_run.inputs import check_numbers
 from dinov3_mm.engine.dry_run.model import build_on_meta
-from dinov3_mm.engine.dry_run.settle import needs_process_group, settle_config
 
 from .memory import MemoryPlan, plan_memory
 from .options import COMMON_KEYS, RECOMPUTE, Option, all_options, option_of
