@@ -214,10 +214,11 @@ class ConvNet:
             maps = self._maps(images, side)
             entry = maps[0] * self.stem**2 * self.channels * width
             for index, (count, dims, k) in enumerate(zip(self.depths, self.widths, maps)):
-                # The norm comes after the convolution of the stem, and before the others.
-                at, normed = (index - 1, 2) if index else (0, 1)
-                rows = maps[at] * self.widths[at]
-                entry += rows * (norm_input + (width if normed == 2 else 0)) + 2 * maps[at] * FP32
+                # The stem's norm comes after its convolution; the others come before theirs, which
+                # keeps the norm's output.
+                at = max(index - 1, 0)
+                normed = width if index else 0
+                entry += maps[at] * (self.widths[at] * (norm_input + normed) + 2 * FP32)
                 saved = k * dims * (11 * width + norm_input) + 2 * k * FP32
                 groups.append(
                     Group(
