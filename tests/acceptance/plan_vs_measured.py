@@ -27,12 +27,9 @@ from mmengine.registry import MODELS
 from dinov3_mm.checkpoints import atomic_write
 from dinov3_mm.engine.dry_run import dry_run
 from dinov3_mm.engine.dry_run.batches import crop_sets, make_batch
+from dinov3_mm.engine.dry_run.config import needs_process_group, settle_config
 from dinov3_mm.engine.dry_run.fake_world import fake_ranks
-from dinov3_mm.engine.dry_run.model import build_on_meta
-from dinov3_mm.engine.dry_run.settle import needs_process_group, settle_config
-from dinov3_mm.engine.plan.memory import plan_memory
-from dinov3_mm.engine.plan.options import option_of
-from dinov3_mm.engine.plan.workload import read_workload
+from dinov3_mm.engine.plan import own_peaks
 from tests.engine.dry_run.real_step import measured_peak
 
 BAR = 0.1
@@ -78,11 +75,7 @@ def predicted(cfg: Config, world_size: int, *, on_gpu: bool) -> list[int]:
     """The plan's peak for every set of crop sizes."""
     with fake_ranks(world_size if needs_process_group(cfg, world_size) else None):
         settle_config(cfg, world_size, num_images=IMAGES)
-        model = build_on_meta(cfg)
-        sets = crop_sets(cfg, world_size)
-    option = option_of(cfg, world_size)
-    works = (read_workload(cfg, model, crops) for crops in sets)
-    return [plan_memory(work, option, world_size, on_gpu=on_gpu).peak for work in works]
+        return own_peaks(cfg, world_size, on_gpu=on_gpu)
 
 
 def measured_on_gpu(cfg: Config) -> int:

@@ -37,7 +37,7 @@ BRANCHES = {
     "apis/prediction/model.py::load_model": f"{GPU_CHECK}extraction",
     "engine/feature_cache/frozen.py::build_cached_model": f"{GPU_CHECK}extraction",
     "datasets/loader.py::build_pretrain_dataloader": f"{GPU_CHECK}recipe-step",
-    "engine/autoscale/facts.py::gpu_gib": f"{SECOND}::test_memory_is_that_of_the_gpu",
+    "engine/autoscale/resolve.py::gpu_gib": f"{SECOND}::test_memory_is_that_of_the_gpu",
     "engine/capture.py::random_state": f"{SECOND}::test_the_generator_of_the_gpu_is_captured",
     "engine/capture.py::replay_capture": f"{GPU_CHECK}fsdp2-resume",
     "engine/cuda_graphs.py::check_device": (

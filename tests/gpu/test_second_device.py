@@ -11,7 +11,7 @@ import torch
 from mmengine.registry import MODELS
 
 from dinov3_mm.apis.deployment.plan import _check_backbone
-from dinov3_mm.engine.autoscale import facts
+from dinov3_mm.engine.autoscale import resolve
 from dinov3_mm.engine.capture import random_state
 from dinov3_mm.engine.dry_run.fake_cuda import CUDA, fake_cuda
 from dinov3_mm.engine.hooks import console
@@ -88,10 +88,10 @@ def test_memory_is_that_of_the_gpu(monkeypatch):
         "get_device_properties",
         lambda index: SimpleNamespace(total_memory=80 * 2**30),
     )
-    assert "CUDA" not in console.memory_text() and facts.gpu_gib() is None
+    assert "CUDA" not in console.memory_text() and resolve.gpu_gib() is None
     with fake_cuda():
         assert console.memory_text() == "3.00 GiB CUDA"
-        assert facts.gpu_gib() == 80
+        assert resolve.gpu_gib() == 80
 
 
 def test_a_rank_takes_the_gpu_of_its_number():

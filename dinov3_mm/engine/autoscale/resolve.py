@@ -1,26 +1,28 @@
 """Replaces the values 'auto' of a config by what the rules derive, and tells how."""
 
+import copy
+import multiprocessing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import DATASETS, MODELS
+from mmengine.utils import import_modules_from_strings
 
 from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.evaluation.held_out import HeldOutSplit
 
 from . import rules
-from .facts import (
-    BackboneFacts,
-    DataFacts,
-    auto_places,
-    backbone_facts,
-    data_facts,
-    gpu_gib,
-    tokens_per_image,
-)
 from .rules import Derived
 
 # Key of the config and of a checkpoint's meta data that keeps what was derived.
 RECORD = "derived"
+
+# Where 'auto' asks for a rule, beside the heads of the model.
+SECTIONS = ("train_cfg", "train_dataloader", "optim_wrapper", "custom_hooks", "default_hooks")
 
 BATCH = "train_cfg.global_batch_size"
 ITERATIONS = "train_cfg.max_iters"
@@ -32,6 +34,21 @@ LR = tuple(f"{_SCHEDULE}.lr{leaf}" for leaf in ("", ".base", ".peak", ".value"))
 MOMENTUM = tuple(f"{_TEACHER}.momentum{leaf}" for leaf in ("", ".base", ".start", ".peak"))
 SPLITS = ("train_dataloader.source.every", "custom_hooks.FolderEvalHook.every")
 EVALUATIONS = ("FolderEvalHook", "KNNEvalHook", "RetrievalEvalHook", "DenseProbeHook")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Sizes of the data set.
+
+    Attributes:
+        num_images: images of the source, held-out ones included.
+        num_train: images that are trained on.
+        every: one image in how many is held out; None without a split.
+    """
+
+    num_images: int
+    num_train: int
+    every: int | None
 
 
 def resolve_auto(
@@ -80,8 +97,7 @@ def resolve_auto(
                 f"the data set has {data.num_images} images, it had {stored['num_images']} when "
                 "the run began: hyper-parameters stay as they were, the order of the images changes"
             )
-    backbone = backbone_facts(cfg.model["backbone"])
-    _settle_all(scaler, cfg, data, backbone, world_size, memory_gib or gpu_gib())
+    _settle_all(scaler, cfg, data, world_size, memory_gib or gpu_gib())
     left = auto_places(cfg)
     if left:
         raise ConfigError(
@@ -96,28 +112,17 @@ def _settle_all(
     scaler: "_Scaler",
     cfg: Config,
     data: DataFacts,
-    backbone: BackboneFacts,
     world_size: int,
     memory_gib: float | None,
 ) -> None:
     """Apply the rules in the order in which they need each other's values."""
-    accumulate = cfg.train_cfg.get("accumulate", 1)
     if data.every is not None:
         scaler.settle(SPLITS, lambda: rules.held_out_every(data.num_images))
-    per_process = rules.images_per_process(
-        backbone.num_params,
-        backbone.width,
-        tokens_per_image(cfg.train_dataloader.get("transform", {}), backbone.token_stride),
-        memory_gib,
-        is_conv=backbone.is_conv,
-    )
-    batch = scaler.settle(
-        [BATCH], lambda: rules.global_batch(per_process, world_size, accumulate, data.num_train)
-    )
+    batch = scaler.settle([BATCH], lambda: _batch(scaler, data, world_size, memory_gib))
     iters = scaler.settle([ITERATIONS], lambda: rules.iterations(data.num_train, batch))
     scaler.settle(HEADS, lambda: rules.prototypes(data.num_train, batch))
     _refuse_double_scaling(scaler, cfg)
-    scaler.settle(LR, lambda: rules.learning_rate(backbone.width, batch))
+    scaler.settle(LR, lambda: rules.learning_rate(_width(cfg.model["backbone"]), batch))
     freeze = scaler.settle([FREEZE], lambda: rules.head_start(iters)) or 0
     scaler.settle([f"{_SCHEDULE}.lr.warmup_iters"], lambda: rules.warmup(freeze))
     scaler.settle([f"{_SCHEDULE}.backbone_warmup_iters"], lambda: rules.backbone_warmup(freeze))
@@ -132,6 +137,122 @@ def _settle_all(
         ["custom_hooks.DiagnosisHook.interval"],
         lambda: rules.interval("diagnosis", iters, 50, 200),
     )
+
+
+def _batch(
+    scaler: "_Scaler", data: DataFacts, world_size: int, memory_gib: float | None
+) -> Derived:
+    """The largest batch of a power of two images for each process whose step is predicted to fit
+    the GPU, the least where none is.
+    """
+    accumulate = scaler.get("train_cfg.accumulate") or 1
+    batch_of = partial(
+        rules.global_batch,
+        world_size=world_size,
+        accumulate=accumulate,
+        num_images=data.num_train,
+    )
+    if memory_gib is None:
+        return batch_of(rules.IMAGES_PER_CPU_PROCESS)
+    for images in rules.IMAGES_PER_PROCESS:
+        batch = batch_of(images)
+        tried = _Scaler(copy.deepcopy(scaler.cfg), scaler.stored)
+        tried.settle([BATCH], partial(batch_of, images))
+        # Logits are part of the memory.
+        tried.settle(HEADS, partial(rules.prototypes, data.num_train, batch.value))
+        gib = _predicted_peak(tried.cfg, world_size, data.num_images) / 2**30
+        if gib <= rules.USABLE_MEMORY * memory_gib:
+            return batch
+    needed = f"{gib:.1f} GiB are predicted, of {memory_gib:g} GiB"
+    return Derived(batch.value, f"{batch.text}; {needed}: tools/plan.py names what saves memory")
+
+
+def _predicted_peak(cfg: Config, world_size: int, num_images: int) -> int:
+    """Bytes of the fullest step: from the plan, and from a dry run where it knows no formula."""
+    # The plan and the dry run complete configs, so they import this module.
+    from dinov3_mm.engine.plan import UnknownStepError, own_peaks
+
+    try:
+        return max(own_peaks(cfg, world_size))
+    except UnknownStepError:
+        # In a process of its own: this one may belong to a process group and have a GPU.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            try:
+                return pool.apply(_measured_peak, (cfg, world_size, num_images))
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"{BATCH}='auto' follows from the memory of a step, and a dry run of this one "
+                    f"failed ({error}); give a number"
+                ) from error
+
+
+def _measured_peak(cfg: Config, world_size: int, num_images: int) -> int:
+    import dinov3_mm.engine  # noqa: F401  (registers what configs name)
+    from dinov3_mm.engine.dry_run import dry_run
+
+    if "custom_imports" in cfg:
+        import_modules_from_strings(**cfg.custom_imports)
+    steps = dry_run(cfg, world_size, num_images=num_images).steps
+    return max(step.peak.total for step in steps)
+
+
+def _width(backbone_cfg: Mapping) -> int:
+    """Channels of a token of the backbone, which is built without storage."""
+    cfg = {key: value for key, value in backbone_cfg.items() if key != "init_cfg"}
+    with torch.device("meta"):
+        return MODELS.build(cfg).embed_dims
+
+
+def data_facts(source_cfg: Mapping, every: int | None = None) -> DataFacts:
+    """Count the images of a training source.
+
+    Args:
+        source_cfg: config of ``train_dataloader.source``.
+        every: share of a ``HeldOutSplit`` that says 'auto'; None derives it.
+
+    Raises:
+        ConfigError: the source says no folder, or cannot be built.
+    """
+    is_split = source_cfg["type"] in ("HeldOutSplit", HeldOutSplit)
+    inner_cfg = source_cfg["source"] if is_split else source_cfg
+    try:
+        inner = DATASETS.build(copy.deepcopy(dict(inner_cfg)))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"train_dataloader.source: {error}") from error
+    if not is_split:
+        return DataFacts(len(inner), len(inner), None)
+    if source_cfg["every"] != "auto":
+        every = source_cfg["every"]
+    elif every is None:
+        every = rules.held_out_every(len(inner)).value
+    return DataFacts(len(inner), len(HeldOutSplit(inner, "train", every)), every)
+
+
+def gpu_gib() -> float | None:
+    """Memory of this process's GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+
+
+def auto_places(cfg: Mapping) -> list[str]:
+    """Paths of the values 'auto'; arguments of the backbone have 'auto' of their own."""
+    places = []
+    for key in SECTIONS:
+        places += _auto_below(cfg.get(key), key)
+    for head in ("dino_head", "ibot_head"):
+        places += _auto_below(cfg["model"].get(head), f"model.{head}")
+    return places
+
+
+def _auto_below(value: object, path: str) -> list[str]:
+    if isinstance(value, Mapping):
+        children = value.items()
+    elif isinstance(value, (list, tuple)):
+        children = enumerate(value)
+    else:
+        return [path] if isinstance(value, str) and value == "auto" else []
+    return [place for key, item in children for place in _auto_below(item, f"{path}.{key}")]
 
 
 def _refuse_double_scaling(scaler: "_Scaler", cfg: Config) -> None:

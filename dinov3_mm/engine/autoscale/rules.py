@@ -35,15 +35,13 @@ HEAD_START = (100, 1000)
 HELD_OUT_IMAGES = 2000
 HELD_OUT_EVERY = (5, 1000)
 
-IMAGES_PER_PROCESS = (8, 128)
+# What may be tried for a GPU, the most first, and what a process on the CPU gets.
+IMAGES_PER_PROCESS = (128, 64, 32, 16, 8)
 IMAGES_PER_CPU_PROCESS = 16
 LARGEST_BATCH = 1024
+# Of a GPU's memory. The rest is for evaluations, for what compiled blocks keep otherwise, and for
+# the reserve of the plan: nobody looks at a batch that nobody chose before the run is over.
 USABLE_MEMORY = 0.75
-# Weights of student, EMA and Gram teacher, gradient and two moments in fp32, weights in bf16.
-BYTES_PER_PARAMETER = 30
-# Saved for the backward pass per token, in units of parameters / width, in bf16: measured, 4.8 for
-# ViT blocks with either FFN. A ConvNeXt keeps its early, larger maps too.
-BYTES_PER_TOKEN = {False: 4.8, True: 45.0}
 
 
 class Derived(NamedTuple):
@@ -60,26 +58,6 @@ def held_out_every(num_images: int) -> Derived:
     return Derived(
         every, f"evaluation on 1 image in {every}, about {num_images // every} of {num_images}"
     )
-
-
-def images_per_process(
-    num_params: int, width: int, tokens: int, memory_gib: float | None, *, is_conv: bool = False
-) -> int:
-    """Images of one process's batch, a power of two that fits its GPU.
-
-    Args:
-        num_params: of the backbone.
-        width: of its tokens.
-        tokens: student tokens of one image, over all its crops.
-        memory_gib: of the GPU; None on the CPU.
-        is_conv: a convolutional backbone.
-    """
-    if memory_gib is None:
-        return IMAGES_PER_CPU_PROCESS
-    low, high = IMAGES_PER_PROCESS
-    free = USABLE_MEMORY * memory_gib * 2**30 - BYTES_PER_PARAMETER * num_params
-    per_image = BYTES_PER_TOKEN[is_conv] * num_params / width * tokens
-    return min(max(_power_of_two(free / per_image), low), high)
 
 
 def global_batch(per_process: int, world_size: int, accumulate: int, num_images: int) -> Derived:

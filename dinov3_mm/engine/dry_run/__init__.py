@@ -1,6 +1,6 @@
 """A training step of any config on any number of ranks, in one CPU process without data."""
 
-from .inputs import check_file
+from .config import check_file
 from .report import print_report
 from .run import DryRunReport, dry_run, dry_runs
 from .step import StepRecord, UnpredictableStepError

@@ -27,7 +27,7 @@ from dinov3_mm.engine.runner.sharded_state import allocate_moments, optimizer_te
 from dinov3_mm.engine.strategy import PretrainStrategy
 from dinov3_mm.models.layers.fp8 import enable_fp8
 
-from .settle import FSDP2, strategy_name
+from .config import FSDP2, strategy_name
 
 
 def build_on_meta(cfg: Config) -> nn.Module:

@@ -12,8 +12,8 @@ from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.hooks import DistillationHook, GramAnchorHook
 
 from .batches import batch_layout, crop_sets
+from .config import check_numbers, needs_process_group, settle_config, strategy_name
 from .fake_world import fake_device, fake_ranks
-from .inputs import check_numbers
 from .memory import MemoryLedger
 from .model import (
     algorithm_of,
@@ -24,7 +24,6 @@ from .model import (
     students_of,
 )
 from .schedules import Schedules, read_schedules
-from .settle import needs_process_group, settle_config, strategy_name
 from .step import StepRecord, run_step, tell_state
 
 

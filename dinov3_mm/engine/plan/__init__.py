@@ -1,7 +1,17 @@
 """Memory, operations and traffic of a training step, predicted from shapes alone."""
 
+from .backbones import UnknownStepError
 from .options import Option, option_of
 from .report import print_plan
-from .run import OptionPlan, Plan, make_plan
+from .run import OptionPlan, Plan, make_plan, own_peaks
 
-__all__ = ["Option", "OptionPlan", "Plan", "make_plan", "option_of", "print_plan"]
+__all__ = [
+    "Option",
+    "OptionPlan",
+    "Plan",
+    "UnknownStepError",
+    "make_plan",
+    "option_of",
+    "own_peaks",
+    "print_plan",
+]

@@ -1,15 +1,18 @@
-"""The predicted peak of a step: the fullest of the moments at which memory tops out."""
+"""The predicted peak of a step: the fullest of the moments at which memory tops out. In bytes."""
 
 from dataclasses import dataclass
 
-from . import activations as act
+from .backbones import Backbone, Crops, Group
 from .options import Option
-from .prototypes import ComparisonMemory, comparison_memory
-from .state import gradients, local_numel, resident, shards, waiting_gradients
-from .workload import Sequence, Transformer, Workload, numel
+from .workload import Head, Unit, Workload
 
 FP32 = 4
 NUM_HEADS = 2
+# Adam keeps two moments of the size of a parameter, and a step count for each parameter tensor.
+MOMENTS = 2
+# Elements that the cross-entropy handles at a time on a GPU, and on a CPU.
+GPU_PIECE = 1 << 27
+CPU_PIECE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -54,197 +57,276 @@ def plan_memory(
         world_size: ranks.
         on_gpu: of the paths on a GPU; otherwise of those on a CPU.
     """
-    state = resident(work, option, world_size)
-    grads = gradients(work, option, world_size)
-    compared = comparison_memory(work, option.chunk_size, on_gpu=on_gpu)
+    state, grads = resident(work, option, world_size), gradients(work, option, world_size)
     kept = _student(work, option, on_gpu=on_gpu)
+    whole = option.chunk_size is None
+    compared = _whole(work, on_gpu=on_gpu) if whole else _chunked(work, option.chunk_size)
+    gathered = {part: _gathered(work, option, part) for part in ("forward", "blocks", "heads")}
+
+    teacher = work.backbone if work.teacher is None else work.teacher[0]
+    forward = kept.total + compared.targets + compared.logits
+    gram = forward + compared.left - compared.patch_targets
+    backward = kept.total + compared.logits
     moments = {
-        **_forward_moments(work, option, kept, compared),
-        **_backward_moments(work, option, kept, compared, world_size),
+        "teacher's forward pass": _teacher(work, teacher, work.teacher_crops) + gathered["forward"],
+        "teacher's targets": compared.teacher,
+        "student's forward pass": forward + kept.cached_casts + gathered["forward"],
+        "losses": forward + compared.losses,
+    }
+    if work.gram is not None:
+        moments["Gram teacher's forward pass"] = gram
+        if work.gram_crops:
+            moments["Gram teacher's forward pass"] += (
+                _teacher(work, work.backbone, work.gram_crops) + gathered["forward"]
+            )
+        moments["Gram term"] = gram + _gram(work, 3)
+        moments["backward pass of the Gram term"] = backward + compared.left + _gram(work, 5)
+    moments |= {
+        "backward pass of the losses": backward + compared.backward,
+        "backward pass of the heads": backward + compared.joined + gathered["heads"],
+        "backward pass of the blocks": kept.casts
+        + max(
+            kept.up_to(index) + group.again(option.recompute) + group.working
+            for index, group in enumerate(kept.groups)
+        )
+        + _head_gradients(work, option, world_size)
+        + gathered["blocks"],
     }
     # DDP keeps those outside of its buckets.
-    waiting = waiting_gradients(work, option, world_size)
-    extra = _images(work) + waiting
-    moments = {name: size + extra for name, size in moments.items()}
-    moments["end of the backward pass"] = (
-        _images(work)
-        + kept.embedding
-        + kept.block
-        + kept.working
-        + max(waiting, 0 if option.strategy == "ddp" else grads)
-        + gathered_memory(work, option, "blocks")
+    waiting = _waiting_gradients(work, option, world_size)
+    first = kept.groups[0]
+    end = first.entry + first.saved + first.working + gathered["blocks"] - waiting
+    moments["end of the backward pass"] = end + max(
+        waiting, 0 if option.strategy == "ddp" else grads
     )
-    base = sum(state.values())
+    # Images as bytes and as normalised fp32 are there all the time.
+    base = sum(state.values()) + work.pixels * (1 + FP32) + waiting
     return MemoryPlan(
         state,
         grads,
         kept.total,
         compared.logits
         + max(compared.targets + compared.losses, compared.backward, compared.joined),
-        max(gathered_memory(work, option, part) for part in ("forward", "blocks", "heads")),
+        max(gathered.values()),
         {name: base + size for name, size in moments.items()},
     )
 
 
-def _forward_moments(
-    work: Workload, option: Option, kept: "_Kept", compared: ComparisonMemory
-) -> dict[str, int]:
-    backbone = work.backbone if work.teacher is None else work.teacher[0]
-    student = kept.total + compared.targets + compared.logits
-    return {
-        "teacher's forward pass": _teacher(work, option, backbone, work.teacher_sequences),
-        "teacher's targets": compared.teacher,
-        "student's forward pass": student
-        + kept.cached_casts
-        + gathered_memory(work, option, "forward"),
-        "losses": student + compared.losses,
-        "Gram teacher's forward pass": student
-        + compared.left
-        - compared.patch_targets
-        + _teacher(work, option, work.backbone, work.gram_sequences),
-        "Gram term": student + compared.left - compared.patch_targets + _gram(work, 3),
-    }
+# What stays from step to step: parameters, gradients, optimizer state, teachers.
 
 
-def _backward_moments(
-    work: Workload, option: Option, kept: "_Kept", compared: ComparisonMemory, world_size: int
-) -> dict[str, int]:
-    student = kept.total + compared.logits
-    return {
-        "backward pass of the Gram term": student + compared.left + _gram(work, 5),
-        "backward pass of the losses": student + compared.backward,
-        "backward pass of the heads": student
-        + compared.joined
-        + gathered_memory(work, option, "heads"),
-        # Heads are done, all blocks are still to come.
-        "backward pass of the blocks": kept.blocks
-        + kept.embedding
-        + kept.casts
-        + kept.again
-        + kept.working
-        + _head_gradients(work, option, world_size)
-        + gathered_memory(work, option, "blocks"),
-    }
+def shards(option: Option, world_size: int) -> int:
+    """Ranks that share the parameters."""
+    return world_size // option.num_replicas if option.is_sharded else 1
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What the student keeps: of the blocks together, of each, of the rest; the copies of weights
-    that a backward pass needs, and the others that last as long as the forward pass.
+def resident(work: Workload, option: Option, world_size: int) -> dict[str, int]:
+    """Bytes on the first rank between two steps, by kind."""
+    parts, student = shards(option, world_size), work.networks["student"]
+    sizes = {name: FP32 * network.local(parts) for name, network in work.networks.items()}
+    moments = MOMENTS * FP32 * student.local(parts, trained=True)
+    sizes["optimizer"] = moments + FP32 * student.num_trained_tensors
+    if option.strategy == "ddp":
+        sizes["gradients"] = gradients(work, option, world_size)
+    return sizes
+
+
+def gradients(work: Workload, option: Option, world_size: int) -> int:
+    """Bytes of the gradients of a step, which DDP keeps in its buckets between steps."""
+    return FP32 * work.networks["student"].local(shards(option, world_size), trained=True)
+
+
+def _waiting_gradients(work: Workload, option: Option, world_size: int) -> int:
+    """Gradients of earlier micro batches of the step: whole ones under FSDP2, unless those of every
+    micro batch are reduced.
     """
-
-    blocks: int
-    block: int
-    again: int
-    working: int
-    embedding: int
-    norm: int
-    heads: int
-    casts: int
-    cached_casts: int
-
-    @property
-    def total(self) -> int:
-        return self.blocks + self.embedding + self.norm + self.heads + self.casts
-
-
-def _student(work: Workload, option: Option, *, on_gpu: bool) -> _Kept:
-    vit, sequences, width = work.backbone, work.student_sequences, work.width
-    per_block = act.block_input(vit, sequences, width)
-    if not option.recompute:
-        per_block = act.block_saved(vit, sequences, width, on_gpu=on_gpu)
-    elif option.recompute == "selective":
-        per_block += act.block_products(vit, sequences, width, on_gpu=on_gpu)
-    block_casts = head_casts = cached_casts = 0
-    if width < FP32 and not (option.is_sharded and option.param_bytes == width):
-        # Autocast keeps a 16-bit copy of every weight matrix for the backward pass; of blocks that
-        # are recomputed, of one at a time.
-        weights = work.networks["student"].weights
-        per_unit = weights[:1] if option.recompute else weights[: vit.num_layers]
-        block_casts = sum(per_unit) * width
-        cached_casts = sum(weights[: vit.num_layers]) * width - block_casts
-        head_casts = sum(weights[vit.num_layers :]) * width
-    cls_rows = work.num_global + work.num_local
-    heads = act.head_kept(work.dino_head, cls_rows, width)
-    heads += act.head_kept(work.ibot_head, work.crops.num_masked, width)
-    patches = sum(i * (t - vit.num_prefix) for i, t in sequences[:1]) * vit.dims * width
-    return _Kept(
-        per_block * vit.num_layers,
-        act.block_saved(vit, sequences, width, on_gpu=on_gpu),
-        act.block_recomputed(vit, sequences, width, option.recompute, on_gpu=on_gpu),
-        act.block_working(vit, sequences, width, grad=True),
-        act.embedding_kept(vit, sequences, width),
-        act.final_norm_kept(vit, sequences, width, on_gpu=on_gpu)
-        + (patches if work.gram is not None else 0),
-        heads + head_casts,
-        block_casts,
-        cached_casts,
-    )
-
-
-def _images(work: Workload) -> int:
-    """Images as bytes and as normalised fp32."""
-    return work.pixels * (1 + FP32)
-
-
-def _teacher(
-    work: Workload, option: Option, vit: Transformer, sequences: tuple[Sequence, ...]
-) -> int:
-    """Forward pass of a teacher."""
-    if not sequences:
+    if work.accumulate == 1:
         return 0
-    stream = act.tokens_of(sequences) * vit.dims * work.width
-    working = act.block_working(vit, sequences, work.width, grad=False)
-    return stream + working + gathered_memory(work, option, "forward")
-
-
-def _gram(work: Workload, matrices: int) -> int:
-    """Gram term in fp32: tokens of both sides before and after normalisation, and this many
-    matrices of similarities.
-    """
-    if work.gram is None:
-        return 0
-    images, tokens = work.student_sequences[0]
-    tokens -= work.backbone.num_prefix
-    values = 4 * images * tokens * work.backbone.dims
-    if not work.gram_by_image:
-        images, tokens = 1, images * tokens
-    return FP32 * (values + matrices * images * tokens**2)
+    if option.is_sharded and not option.reduce_every:
+        return option.reduce_bytes * work.networks["student"].local(1, trained=True)
+    return gradients(work, option, world_size)
 
 
 def _head_gradients(work: Workload, option: Option, world_size: int) -> int:
     """Gradients that exist when the backward pass reaches the blocks; DDP's lie in its buckets."""
     if option.strategy == "ddp":
         return 0
-    parts = shards(option, world_size)
-    heads = work.networks["student"].units[-NUM_HEADS:]
-    return FP32 * sum(
-        local_numel(shape, parts) for unit in heads for shape, trained in unit if trained
-    )
+    heads, parts = work.networks["student"].units[-NUM_HEADS:], shards(option, world_size)
+    return FP32 * sum(unit.local(parts, trained=True) for unit in heads)
 
 
-def gathered_memory(work: Workload, option: Option, part: str) -> int:
-    """Most bytes of gathered parameters and of gradients in flight.
+def _gathered(work: Workload, option: Option, part: str) -> int:
+    """Most bytes of gathered parameters and of gradients in flight, in the 'forward' pass or in the
+    backward pass of the 'blocks' or 'heads'.
 
     While a unit works, the next one has been gathered and the buffer of the collective after it is
     there. In the backward pass come the unit's gradients as they are made and as they are reduced.
-
-    Args:
-        work: shapes of the step.
-        option: how it is run.
-        part: 'forward', or the backward pass of the 'blocks' or of the 'heads'.
     """
     if not option.is_sharded:
         return 0
-    student = [_values(unit) for unit in work.networks["student"].units]
-    if part == "forward":
-        largest = max(_values(u) for network in work.networks.values() for u in network.units)
-    else:
-        largest = max(student[:-NUM_HEADS] if part == "blocks" else student[-NUM_HEADS:])
-    values = 3 * largest if option.reshard else sum(student) + largest
+    units: dict[str, tuple[Unit, ...]] = {
+        "forward": tuple(unit for network in work.networks.values() for unit in network.units),
+        "blocks": work.networks["student"].units[:-NUM_HEADS],
+        "heads": work.networks["student"].units[-NUM_HEADS:],
+    }
+    largest = max(unit.numel for unit in units[part])
+    values = 3 * largest if option.reshard else work.networks["student"].local(1) + largest
     flying = 0 if part == "forward" else largest * (option.param_bytes + option.reduce_bytes)
     return values * option.param_bytes + flying
 
 
-def _values(unit: tuple) -> int:
-    return sum(numel(shape) for shape, _ in unit)
+# What the networks keep for the backward pass, or hold while they run.
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the student keeps: of its blocks, of norm and heads; the copies of weights that a
+    backward pass needs, and the others that last as long as the forward pass.
+    """
+
+    groups: list[Group]
+    recompute: bool | str
+    ends: int
+    casts: int
+    cached_casts: int
+
+    def up_to(self, last: int) -> int:
+        """What the groups up to this one keep, with what comes before each."""
+        groups = self.groups[: last + 1]
+        return sum(each.count * each.kept(self.recompute) + each.entry for each in groups)
+
+    @property
+    def total(self) -> int:
+        return self.up_to(len(self.groups)) + self.ends + self.casts
+
+
+def _student(work: Workload, option: Option, *, on_gpu: bool) -> _Kept:
+    backbone, crops, width = work.backbone, work.student_crops, work.width
+    block_casts = head_casts = cached_casts = 0
+    if width < FP32 and not (option.is_sharded and option.param_bytes == width):
+        # Autocast keeps a 16-bit copy of every weight matrix for the backward pass; of blocks that
+        # are recomputed, of one at a time.
+        network = work.networks["student"]
+        weights = [unit.weights * width for unit in network.units]
+        blocks = weights[: network.num_parts]
+        block_casts = max(blocks) if option.recompute else sum(blocks)
+        cached_casts = sum(blocks) - block_casts
+        head_casts = sum(weights[network.num_parts :])
+    # The final norm, and what the Gram term compares.
+    norm_input = FP32 if on_gpu else width
+    tokens = sum(images * backbone.tokens(side) for images, side in crops)
+    ends = tokens * (backbone.dims * (norm_input + width) + 2 * FP32)
+    if work.gram is not None:
+        images, patches = work.gram_rows
+        ends += images * patches * backbone.dims * width
+    ends += _head(work.dino_head, work.num_global + work.num_local, width)
+    ends += _head(work.ibot_head, work.crops.num_masked, width)
+    return _Kept(
+        backbone.groups(crops, width, on_gpu=on_gpu),
+        option.recompute,
+        ends + head_casts,
+        block_casts,
+        cached_casts,
+    )
+
+
+def _head(head: Head, rows: int, width: int) -> int:
+    """What a head keeps up to the bottleneck: its input, two matrices for each hidden layer, and
+    the bottleneck before and after its normalisation.
+    """
+    hidden = sum(head.widths[1:-1])
+    # Autocast divides by an fp32 norm, and the next product takes a 16-bit copy.
+    normalised = 2 if width == FP32 else 4
+    return rows * (head.widths[0] + 2 * hidden + normalised * head.bottleneck) * width
+
+
+def _teacher(work: Workload, backbone: Backbone, crops: tuple[Crops, ...]) -> int:
+    """Forward pass of a teacher."""
+    groups = backbone.groups(crops, work.width, on_gpu=True, grad=False)
+    return max(group.stream + group.forward for group in groups)
+
+
+def _gram(work: Workload, matrices: int) -> int:
+    """Gram term in fp32: tokens of both sides before and after normalisation, and this many
+    matrices of similarities.
+    """
+    count, patches = work.gram_rows
+    return FP32 * count * (4 * patches * work.backbone.dims + matrices * patches**2)
+
+
+# What compares student and teacher: logits, targets, and their gradients. Whole: the student's
+# logits stay until their backward pass, the teacher's targets in fp32 until the loss is taken. In
+# chunks: bottleneck features and a copy of the prototypes instead, and scratch matrices of
+# chunk_size columns.
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Bytes at the moments that may be the fullest.
+
+    Attributes:
+        targets: the teacher's, while the student runs.
+        teacher: most while the teacher's scores are centred, beside nothing.
+        logits: of the student, kept for the backward pass.
+        losses: most while the losses are taken, beside targets and logits.
+        patch_targets: the part of ``targets`` that stays for the backward pass.
+        left: that and what else the losses keep.
+        backward: most while the gradients of the losses are taken, beside the logits.
+        joined: most while those of the last layers are, beside the logits.
+    """
+
+    targets: int
+    teacher: int
+    logits: int
+    losses: int
+    patch_targets: int
+    left: int
+    backward: int
+    joined: int
+
+
+def _whole(work: Workload, *, on_gpu: bool) -> _Compared:
+    width, k_cls = work.width, work.dino_head.num_prototypes
+    patches = work.crops.num_masked * work.ibot_head.num_prototypes
+    patch_targets, cls_targets = FP32 * patches, FP32 * work.num_global * k_cls
+    # Sum over the two teacher crops; for the global crops one without the crop itself.
+    summed = FP32 * work.crops.images * k_cls + cls_targets
+    cls = (work.num_global + work.num_local) * k_cls
+    # Scaled logits and their product with the targets.
+    piece = GPU_PIECE if on_gpu else CPU_PIECE
+    scratch = 2 * FP32 * min(max(patches, work.num_local * k_cls), piece)
+    return _Compared(
+        targets=patch_targets + cls_targets,
+        teacher=(work.num_global * k_cls + patches) * width + patch_targets + cls_targets,
+        logits=(cls + patches) * width,
+        losses=summed + scratch,
+        patch_targets=patch_targets,
+        left=patch_targets + summed,
+        backward=summed + patch_targets + patches * width + scratch // 2,
+        # Both gradients of the CLS logits, joined; the logits of patches are gone by then.
+        joined=summed + 2 * cls * width,
+    )
+
+
+def _chunked(work: Workload, chunk_size: int) -> _Compared:
+    width = work.width
+    heads = (
+        (work.dino_head, work.num_global + work.num_local),
+        (work.ibot_head, work.crops.num_masked),
+    )
+    prototypes = [head.num_prototypes * head.bottleneck * width for head, _ in heads]
+    copies, grads = sum(prototypes), max(prototypes)
+    targets = copies + FP32 * sum(head.num_prototypes for head, _ in heads)
+    # Logits in the compute dtype and in fp32, wanted and teacher probabilities.
+    piece = max(rows * min(chunk_size, head.num_prototypes) for head, rows in heads)
+    scratch = piece * (width + 3 * FP32)
+    return _Compared(
+        targets=targets,
+        teacher=targets + piece * (width + 2 * FP32),
+        logits=copies,
+        losses=scratch,
+        patch_targets=targets,
+        left=targets,
+        backward=scratch + piece * width + copies + grads,
+        joined=copies + grads,
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from dinov3_mm.engine.dry_run.settle import DDP, FSDP2, SINGLE, strategy_name
+from dinov3_mm.engine.dry_run.config import DDP, FSDP2, SINGLE, strategy_name
 
 RECOMPUTE = (False, "selective", True)
 CHUNK_SIZE = 16384

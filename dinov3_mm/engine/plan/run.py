@@ -10,15 +10,13 @@ from torch import nn
 
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.dry_run.batches import crop_sets
+from dinov3_mm.engine.dry_run.config import check_numbers, needs_process_group, settle_config
 from dinov3_mm.engine.dry_run.fake_world import fake_ranks
-from dinov3_mm.engine.dry_run.inputs import check_numbers
 from dinov3_mm.engine.dry_run.model import build_on_meta
-from dinov3_mm.engine.dry_run.settle import needs_process_group, settle_config
 
-from .flops import step_flops
 from .memory import MemoryPlan, plan_memory
-from .options import COMMON_KEYS, RECOMPUTE, Option, all_options
-from .traffic import Traffic, step_traffic
+from .options import COMMON_KEYS, RECOMPUTE, Option, all_options, option_of
+from .work import Traffic, step_flops, step_traffic
 from .workload import Workload, read_workload
 
 # Share of a GPU's memory that tensors should leave free: for CUDA's context and kernels, NCCL's
@@ -161,6 +159,22 @@ def make_plan(
                     plan.smaller.append(SmallerBatch(changed, best, lines))
                     break
     return plan
+
+
+def own_peaks(cfg: Config, gpus: int, *, on_gpu: bool = True) -> list[int]:
+    """Predicted peak of what a completed config says itself, for each set of crop sizes, in bytes.
+
+    Args:
+        cfg: a pretraining config without values 'auto'.
+        gpus: number of ranks.
+        on_gpu: predict the paths on a GPU, otherwise those on a CPU.
+
+    Raises:
+        ConfigError: a model whose step is unknown.
+    """
+    model, option = build_on_meta(cfg), option_of(cfg, gpus)
+    works = (read_workload(cfg, model, crops) for crops in crop_sets(cfg, gpus))
+    return [plan_memory(work, option, gpus, on_gpu=on_gpu).peak for work in works]
 
 
 def _plan_options(

@@ -6,9 +6,11 @@ import pytest
 from mmengine.config import Config
 
 from dinov3_mm.engine import ConfigError
-from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
-from dinov3_mm.engine.autoscale.facts import auto_places, data_facts, tokens_per_image
+from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto, rules
+from dinov3_mm.engine.autoscale.resolve import auto_places, data_facts
 from dinov3_mm.engine.config import fill_defaults
+from dinov3_mm.engine.dry_run import dry_run
+from tests.engine.dry_run.toys import toy_config
 from tests.integration.toy_run import REPOSITORY, write_images
 
 DATA = DataFacts(num_images=10_000, num_train=9600, every=25)
@@ -135,8 +137,63 @@ def test_a_missing_folder_is_a_finding(tmp_path):
         data_facts(source)
 
 
-def test_tokens_of_an_image_are_those_of_its_largest_set_of_sizes():
-    assert tokens_per_image({}, 16) == 2 * 14**2 + 8 * 6**2
-    sets = [dict(global_size=512, local_size=112), dict(global_size=768, local_size=168)]
-    # 168 px are ten patches and a half
-    assert tokens_per_image(dict(size_sets=sets, num_local=6), 16) == 2 * 48**2 + 6 * 10**2
+CONVNEXT = dict(
+    _delete_=True, type="DINOv3ConvNeXt", arch=dict(depths=[2, 2, 2, 2], dims=[16, 32, 64, 128])
+)
+FITS = {
+    "plain": dict(),
+    "recomputed": dict(model__backbone__with_cp=True),
+    "large heads": dict(model__dino_head__num_prototypes=8192),
+    "Gram": dict(
+        model__gram=dict(weight=1.0, img_level=False), train_dataloader__transform__gram_size=48
+    ),
+    "ConvNeXt": dict(
+        model__mask_student=False,
+        model__backbone=CONVNEXT,
+        train_dataloader__transform__global_size=64,
+        train_dataloader__transform__local_size=32,
+    ),
+}
+
+
+def toy(batch, **changes):
+    cfg = toy_config(global_batch_size=batch, model__compute_dtype="bf16", **changes)
+    if "gram" in cfg.model:
+        cfg.custom_hooks.append(dict(type="GramAnchorHook", load_ema_at=0))
+    fill_defaults(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_an_automatic_batch_is_what_the_dry_run_finds_to_fit(name):
+    """The memory of the GPU lies between the steps of 32 and of 64 images."""
+    peaks = {n: dry_run(toy(n, **FITS[name]), 1).steps[0].peak.total for n in (32, 64)}
+    cfg = toy("auto", **FITS[name])
+    usable = (peaks[32] * peaks[64]) ** 0.5
+    resolve_auto(cfg, data=DATA, memory_gib=usable / rules.USABLE_MEMORY / 2**30)
+    assert cfg.train_cfg.global_batch_size == 32
+
+
+def test_an_automatic_batch_of_another_backbone_is_measured_in_a_process_apart():
+    pytest.importorskip("timm")
+    network = dict(type="TimmBackbone", name="resnet10t", batch_norm="group")
+    sizes = dict(channels=[8, 16, 24, 32], stem_width=8, output_stride=8)
+    backbone = dict(_delete_=True, model_args=sizes, **network)
+    cfg = toy("auto", model__backbone=backbone, model__mask_student=False)
+    cfg.model.compute_dtype = "fp32"
+    resolve_auto(cfg, data=DATA, memory_gib=80.0)
+    assert cfg.train_cfg.global_batch_size == 128
+
+
+def test_a_batch_that_fits_nowhere_is_the_least_and_says_so():
+    cfg = recipe("continue_vitl16")
+    lines = resolve_auto(cfg, world_size=2, data=DATA, memory_gib=8)
+    assert cfg.train_cfg.global_batch_size == 16
+    (line,) = [line for line in lines if line.startswith("global batch")]
+    assert "GiB are predicted, of 8 GiB" in line
+
+
+def test_without_a_gpu_a_process_has_a_few_images():
+    cfg = recipe()
+    resolve_auto(cfg, world_size=2, data=DATA)
+    assert cfg.train_cfg.global_batch_size == 32

@@ -3,10 +3,8 @@
 import math
 
 import pytest
-import torch
 
 from dinov3_mm.engine.autoscale import rules
-from dinov3_mm.models.backbones import DINOv3ConvNeXt, DINOv3ViT
 
 IMAGES = (100, 5_000, 50_000, 1_000_000, 10_000_000)
 BATCHES = (8, 64, 512, 2048)
@@ -66,61 +64,3 @@ def test_a_batch_is_at_most_half_of_the_images_and_divides():
     small = rules.global_batch(64, 3, 1, 100)
     assert small.value == 48 and "cut to 48" in small.text
     assert rules.global_batch(64, 8, 1, 5).value == 8
-
-
-def saved_bytes(backbone, images):
-    """Bytes that the backward pass of the crops of one image keeps, without parameters."""
-    parameters = {param.untyped_storage().data_ptr() for param in backbone.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16):
-        outputs = backbone.forward_tokens(images)
-    assert outputs
-    return sum(kept.values())
-
-
-CROPS = ((2, 224), (8, 96))
-
-
-@pytest.mark.parametrize(
-    ("backbone", "stride"),
-    [
-        (lambda: DINOv3ViT(arch=dict(embed_dims=192, num_layers=6, num_heads=3)), 16),
-        (
-            lambda: DINOv3ViT(
-                arch=dict(
-                    embed_dims=192, num_layers=6, num_heads=3, ffn_layer="swiglu", ffn_ratio=6.0
-                )
-            ),
-            16,
-        ),
-        (lambda: DINOv3ConvNeXt("tiny"), 32),
-    ],
-    ids=["mlp", "swiglu", "convnext"],
-)
-def test_memory_of_an_image_is_what_autograd_keeps(backbone, stride):
-    backbone = backbone().train()
-    backbone.init_weights()
-    kept = saved_bytes(backbone, [torch.randn(n, 3, size, size) for n, size in CROPS])
-    tokens = sum(n * (size // stride) ** 2 for n, size in CROPS)
-    num_params = sum(param.numel() for param in backbone.parameters())
-    is_conv = stride == 32
-    estimate = rules.BYTES_PER_TOKEN[is_conv] * num_params / backbone.embed_dims * tokens
-    assert 0.7 < kept / estimate < 1.3, kept / estimate
-
-
-def test_images_of_a_process():
-    small = dict(num_params=21_600_000, width=384, tokens=680)
-    assert rules.images_per_process(**small, memory_gib=None) == 16
-    assert rules.images_per_process(**small, memory_gib=80) == 128
-    assert rules.images_per_process(**small, memory_gib=12) == 32
-    huge = dict(num_params=840_600_000, width=1280, tokens=680)
-    assert rules.images_per_process(**huge, memory_gib=80) == 16
-    assert rules.images_per_process(**huge, memory_gib=24) == 8

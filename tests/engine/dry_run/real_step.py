@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov3_mm.engine.dry_run.batches import crop_sets, make_batch
+from dinov3_mm.engine.dry_run.config import settle_config
 from dinov3_mm.engine.dry_run.model import students_of
-from dinov3_mm.engine.dry_run.settle import settle_config
 
 MEASURED = "measured step"
 OPERATOR = "one operator"

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 import dinov3_mm.engine.dry_run.model as model_module
 from dinov3_mm.engine import ConfigError
 from dinov3_mm.engine.dry_run import UnpredictableStepError, dry_run
+from dinov3_mm.engine.dry_run.fake_world import Chunks
 from dinov3_mm.engine.runner.sharded_state import allocate_moments
 from dinov3_mm.models.pretraining import DINOv3
 from tests.engine.dry_run.toys import LAYERS, PROTOTYPES, toy_config
@@ -260,3 +262,12 @@ def test_a_step_count_that_stays_on_the_cpu_is_refused(monkeypatch):
     monkeypatch.setattr(model_module, "allocate_moments", forgets)
     with pytest.raises(RuntimeError, match=r"same device.*_fused_adamw_"):
         dry_run(toy_config(strategy=FSDP2), 1)
+
+
+@pytest.mark.parametrize(("rows", "num_chunks"), [(12, 4), (10, 4), (3, 8), (7, 7), (1, 256)])
+def test_chunks_of_a_parameter_are_those_of_torch(rows, num_chunks):
+    parameter = torch.arange(2.0 * rows).view(rows, 2)
+    wanted = _fsdp_param._chunk_with_empty(parameter, num_chunks, dim=0)
+    found = Chunks(parameter, num_chunks, dim=0)
+    assert len(found) == len(wanted)
+    assert all(map(torch.equal, found, wanted))

@@ -1,13 +1,15 @@
 """The plan against counts of real models, fake steps, and torch's counter of operations."""
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dinov3_mm.engine.dry_run.run as dry_run_module
 from dinov3_mm.engine import ConfigError
 from dinov3_mm.engine.dry_run import dry_run
 from dinov3_mm.engine.plan import make_plan
-from dinov3_mm.engine.plan.flops import block_flops
+from dinov3_mm.engine.plan.backbones import read_backbone
+from dinov3_mm.models.backbones import DINOv3ConvNeXt
 from tests.engine.dry_run.toys import toy_config
 
 FSDP2 = dict(type="FSDP2Strategy")
@@ -17,9 +19,24 @@ GRAM = dict(
     train_dataloader__transform__gram_size=48,
 )
 
+CONVNEXT = dict(
+    model__mask_student=False,
+    model__backbone=dict(
+        _delete_=True,
+        type="DINOv3ConvNeXt",
+        arch=dict(depths=[2, 2, 6, 2], dims=[32, 64, 128, 256]),
+    ),
+    train_dataloader__transform__global_size=128,
+    train_dataloader__transform__local_size=64,
+)
 
-def config(**changes):
+
+def config(*, convnext_with_cp=False, **changes):
+    if "_delete_" in changes.get("model__backbone", {}):
+        changes = {k: v for k, v in changes.items() if k != "model__backbone__arch"}
     cfg = toy_config(**changes)
+    if convnext_with_cp:
+        cfg.model.backbone.with_cp = convnext_with_cp
     if cfg.model.get("gram"):
         cfg.custom_hooks.append(dict(type="GramAnchorHook", load_ema_at=0))
     return cfg
@@ -34,6 +51,7 @@ def config(**changes):
         (8, dict(strategy=FSDP2)),
         (256, dict(strategy=FSDP2, global_batch_size=512, **GRAM)),
         (8, dict(strategy=dict(type="FSDP2Strategy", num_replicas=2))),
+        (8, dict(strategy=FSDP2, **CONVNEXT)),
     ],
 )
 def test_state_is_counted_exactly(world_size, changes):
@@ -69,6 +87,14 @@ OPTIONS = {
     "gathered": (2, dict(strategy=dict(reshard_after_forward=False, **FSDP2))),
     "gradients wait whole": (4, dict(strategy=FSDP2, train_cfg__accumulate=4)),
     "gradients wait in shards": (4, dict(strategy=EVERY, train_cfg__accumulate=4)),
+    "ConvNeXt": (1, CONVNEXT),
+    "ConvNeXt, bf16, DDP": (2, dict(model__compute_dtype="bf16", **CONVNEXT)),
+    "ConvNeXt, selective": (1, dict(convnext_with_cp="selective", **CONVNEXT)),
+    "ConvNeXt, everything": (
+        1,
+        dict(convnext_with_cp=True, model__compute_dtype="bf16", **CONVNEXT),
+    ),
+    "ConvNeXt, FSDP2": (2, dict(strategy=FSDP2, **CONVNEXT)),
 }
 
 
@@ -106,12 +132,24 @@ def test_operations_are_those_that_torch_counts(name, monkeypatch):
     assert planned - attention == pytest.approx(counted, rel=0.01)
 
 
+def test_operations_of_a_convnext_are_those_that_torch_counts():
+    """Forward only: of depthwise convolutions the counter takes the backward pass to be dense."""
+    with torch.device("meta"):
+        backbone = DINOv3ConvNeXt(dict(depths=[2, 2, 6, 2], dims=[32, 64, 128, 256]))
+        counter = FlopCounterMode(display=False)
+        with counter:
+            backbone.forward_tokens(
+                [torch.zeros(n, 3, side, side) for n, side in ((2, 64), (4, 32))]
+            )
+    planned = read_backbone(backbone).flops(((2, 64), (4, 32))).total
+    assert planned == counter.get_total_flops()
+
+
 def _attention(cfg) -> float:
     work = make_plan(cfg, 1).options[0].work
-    student = block_flops(work.backbone, work.backbone.kept(work.student_sequences))[1]
-    teacher = block_flops(work.backbone, work.teacher_sequences)[1]
-    gram = block_flops(work.backbone, work.gram_sequences)[1]
-    return student + student * 5 // 2 + teacher + gram
+    student = work.backbone.flops(work.student_crops, grad=True).attention
+    others = (work.backbone.flops(crops) for crops in (work.teacher_crops, work.gram_crops))
+    return student * 7 // 2 + sum(each.attention for each in others)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +165,7 @@ def _attention(cfg) -> float:
         dict(strategy=dict(num_replicas=2, **EVERY), train_cfg__accumulate=2),
         dict(strategy=FSDP2, model__prototype_chunk_size=7),
         dict(strategy=FSDP2, **GRAM),
+        dict(strategy=FSDP2, **CONVNEXT),
     ],
 )
 def test_traffic_is_that_of_the_fake_step(changes):
@@ -174,11 +213,10 @@ def test_config_lines_make_the_option():
 
 
 def test_backbones_without_a_formula_are_named():
-    cfg = config()
-    cfg.model.backbone = dict(type="DINOv3ConvNeXt", arch="tiny")
-    cfg.model.mask_student = False
-    cfg.train_dataloader.transform.update(global_size=64, local_size=32)
-    with pytest.raises(ConfigError, match="not of DINOv3ConvNeXt"):
+    pytest.importorskip("timm")
+    cfg = config(**CONVNEXT)
+    cfg.model.backbone = dict(type="TimmBackbone", name="resnet10t")
+    with pytest.raises(ConfigError, match="not of TimmBackbone"):
         make_plan(cfg, 1)
 
 
