@@ -103,8 +103,13 @@ class Chosen:
 
 
 def step_of(dataset: Any, kind: type) -> Any:
-    """The first loading step of a kind in a data set's pipeline, or one with its defaults."""
-    return next(_steps(getattr(dataset, "pipeline", None), kind), None) or kind()
+    """The first loading step of a kind in a data set's pipeline, or one with its defaults.
+
+    A data set whose features are cached has no pipeline; whoever runs the steps of its labels keeps
+    them as ``label_steps`` with it.
+    """
+    steps = getattr(dataset, "label_steps", None) or getattr(dataset, "pipeline", None)
+    return next(_steps(steps, kind), None) or kind()
 
 
 def check_size(sample: Mapping[str, Any], values: np.ndarray, path: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from dinov3_mm.datasets.class_names import parts_of
 from dinov3_mm.engine.coco_config import settle_objects
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.features.files import some
@@ -81,6 +82,8 @@ class CachedFeatures(Dataset):
         if hasattr(self.dataset, "full_init"):
             self.dataset.full_init()
         self.pipelines = [Compose(steps) for steps in pipelines]
+        for part in parts_of(self.dataset):
+            part.label_steps = self.pipelines[0]  # for the check of label and depth maps
         self.views = list(views)
         self.on_pixels = on_pixels
         self.training = training

@@ -14,10 +14,13 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
+from dinov3_mm.datasets.class_names import follow_classes
+from dinov3_mm.datasets.label_audit import look_at_labels
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.feature_cache import compute, use_feature_cache
 from dinov3_mm.engine.host_config import set_data_root
 from dinov3_mm.evaluation.ranks import OtherRankError
+from tests.acceptance import label_cases
 from tests.downstream.steps import CONFIGS
 from tests.hosts.lane import require_hosts
 from tests.shrink import shrink
@@ -117,6 +120,30 @@ def test_labels_are_those_of_now(tmp_path):
     for name, (label, features) in content(dataset).items():
         assert fresh[name][0] == label
         torch.testing.assert_close(leaf(features), leaf(fresh[name][1]))
+
+
+def test_labels_of_cached_validation_follow_the_names_of_training(tmp_path):
+    data = write_folder(tmp_path / "data")
+    shutil.rmtree(data / "val/apple")  # pear is 0 there by position
+    cfg = config(data, tmp_path)
+    cache(cfg, tmp_path / "cache")
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        validation = DATASETS.build(cfg.val_dataloader.dataset)
+    follow_classes(validation, CLASSES, owner="the training set", where="validation")
+    assert {label for label, _ in content(validation).values()} == {1}
+
+
+def test_label_maps_of_a_cache_are_looked_at_with_their_own_palette(tmp_path):
+    """The data set behind cached features has no pipeline, and the palette stands in one."""
+    case = next(case for case in label_cases.LABELS if case.name == "0 and 255")
+    folder = label_cases.write_folder("segmentation", case, tmp_path / "data")
+    cfg = label_cases.config_of("segmentation", case)
+    for step in cfg.train_dataloader.dataset.pipeline:
+        step.update({"palette": [0, 255]} if step["type"] == "LoadLabelMap" else {})
+    set_data_root(cfg, str(folder))
+    _, _, dataset = cache(cfg, tmp_path / "cache")
+    facts = look_at_labels("training", dataset, max_maps=10, max_seconds=30)
+    assert facts.uses_palette and not facts.wrong and set(facts.pixels) == {0, 1}
 
 
 def test_a_changed_image_is_computed_anew_and_the_others_are_kept(tmp_path):
