@@ -156,3 +156,15 @@ def test_gradients_of_float8_products():
         # As from a transposed layer after it: no operand is contiguous.
         product.backward(torch.ones(2, 128, 5, device="cuda").transpose(1, 2).bfloat16())
         assert [leaf.grad.shape for leaf in leaves] == [leaf.shape for leaf in leaves]
+
+
+def test_operations_in_place_under_autocast():
+    """What timm's ResNets do: the sum of two branches, and activations."""
+    with fake_cuda():
+        layer = nn.Linear(4, 4).to("cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            one, two = (layer(torch.ones(2, 4, device="cuda")) for _ in range(2))
+            one += two
+            out = nn.functional.relu(one, inplace=True)
+        out.sum().backward()
+        assert layer.weight.grad.is_cuda

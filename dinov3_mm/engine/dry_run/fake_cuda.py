@@ -58,8 +58,9 @@ class FakeCudaMode(FakeTensorMode):
         self.allow_meta = True
         self.autocast_asks = False
         self.means_meta = False
-        # Results of that function's operators, which autograd may record next.
-        self._unrecorded: tuple[Tensor, ...] = ()
+        # Results of that function's operators, which autograd may record next, and their nodes
+        # until then: in place an operator has one already.
+        self._unrecorded: tuple[tuple[Tensor, Any], ...] = ()
 
     def dispatch(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
@@ -86,7 +87,7 @@ class FakeCudaMode(FakeTensorMode):
             return _META
         if tensor.fake_device.type != "cuda":
             return tensor.fake_device
-        is_new = any(tensor is each for each in self._unrecorded) and tensor.grad_fn is None
+        is_new = any(tensor is each and tensor.grad_fn is node for each, node in self._unrecorded)
         return tensor.fake_device if self.autocast_asks and not is_new else _META
 
 
@@ -118,14 +119,14 @@ def _refuse_mixed_devices(func: Any, args: Sequence[Any], kwargs: dict[str, Any]
         )
 
 
-def _awaiting_history(args: Any, kwargs: Any, out: Any) -> tuple[Tensor, ...]:
-    """The results that autograd will record next, if it does."""
+def _awaiting_history(args: Any, kwargs: Any, out: Any) -> tuple[tuple[Tensor, Any], ...]:
+    """The results that autograd will record next, if it does, and their nodes so far."""
     if not torch.is_grad_enabled():
         return ()
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not any(tensor.requires_grad for tensor in tensors):
         return ()
-    return tuple(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+    return tuple((leaf, leaf.grad_fn) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
 
 
 _run_backward = torch.autograd._engine_run_backward

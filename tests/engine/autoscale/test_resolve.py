@@ -180,7 +180,6 @@ def test_an_automatic_batch_of_another_backbone_is_measured_in_a_process_apart()
     sizes = dict(channels=[8, 16, 24, 32], stem_width=8, output_stride=8)
     backbone = dict(_delete_=True, model_args=sizes, **network)
     cfg = toy("auto", model__backbone=backbone, model__mask_student=False)
-    cfg.model.compute_dtype = "fp32"
     resolve_auto(cfg, data=DATA, memory_gib=80.0)
     assert cfg.train_cfg.global_batch_size == 128
 

@@ -215,7 +215,7 @@ def test_config_lines_make_the_option():
 def test_backbones_without_a_formula_are_named():
     pytest.importorskip("timm")
     cfg = config(**CONVNEXT)
-    cfg.model.backbone = dict(type="TimmBackbone", name="resnet10t")
+    cfg.model.backbone = dict(type="TimmBackbone", name="resnet10t", batch_norm="group")
     with pytest.raises(ConfigError, match="not of TimmBackbone"):
         make_plan(cfg, 1)
 
