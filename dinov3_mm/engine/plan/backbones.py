@@ -112,6 +112,10 @@ class Transformer:
         """Tokens of an image."""
         return self.num_prefix + (side // self.stride) ** 2
 
+    def passes(self, crops: tuple[Crops, ...]) -> int:
+        """How often each block runs: once, on all crops."""
+        return 1
+
     def groups(
         self, crops: tuple[Crops, ...], width: int, *, on_gpu: bool, grad: bool = True
     ) -> list[Group]:
@@ -203,6 +207,10 @@ class ConvNet:
     def tokens(self, side: int) -> int:
         """Tokens of an image."""
         return self.num_prefix + (side // self.stride) ** 2
+
+    def passes(self, crops: tuple[Crops, ...]) -> int:
+        """How often each block runs: once for each kind of crops."""
+        return sum(images > 0 for images, _ in crops)
 
     def groups(
         self, crops: tuple[Crops, ...], width: int, *, on_gpu: bool, grad: bool = True

@@ -116,20 +116,27 @@ def _sharded(work: Workload, option: Option, parts: int) -> list[tuple]:
     ]
     values = parts * sum(network.local(parts) for network in seen)
     calls, whole = sum(len(network.units) for network in seen), parts * student.local(parts)
+    # Blocks that run once for each kind of crops are gathered as often, if they do not stay so. The
+    # first, whose images have no gradient, stays so from its first backward pass on.
+    again = work.backbone.passes(work.student_crops) - 1 if option.reshard else 0
+    again_calls = again * student.num_parts
+    first, *others = (
+        again * parts * each.local(parts) for each in student.units[: student.num_parts]
+    )
     trained = sum(any(trained for _, trained in unit.params) for unit in student.units)
     reduced = times if option.reduce_every else 1
     rows = [
         (
             "parameters in shards, forward",
             "all-gather",
-            times * calls,
-            times * values * option.param_bytes,
+            times * (calls + again_calls),
+            times * (values + first + sum(others)) * option.param_bytes,
         ),
         (
             "parameters in shards, backward",
             "all-gather",
-            times * len(student.units),
-            times * whole * option.param_bytes,
+            times * (len(student.units) + again_calls - again),
+            times * (whole + sum(others)) * option.param_bytes,
         ),
         (
             "gradients in shards",
