@@ -4,8 +4,8 @@
 
 ``continue`` is two iterations of ``configs/dinov3/continue_vits16.py`` at the toy size of the
 integration tests; ``build`` is ``build_backbone(FILE)``; ``segmentation`` is two iterations of the
-segmentation quickstart from cached features. The calls of this process's threads are counted;
-module and class bodies, lambdas and comprehensions are not, nor what runs while a module is imported.
+segmentation quickstart from cached features. Calls of all threads of this process are counted;
+bodies of modules and classes, lambdas and comprehensions are not, nor what an import runs.
 """
 
 import argparse
