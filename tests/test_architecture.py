@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dinov3_mm"
 # A room imports from itself and from those before it; a module is in the room of longest name.
 ORDER = (
     "errors",
+    "command_line",
     "hosts",
     "models.layers",
     "models.losses",
