@@ -40,6 +40,7 @@ BRANCHES = {
     "engine/autoscale/resolve.py::gpu_gib": f"{SECOND}::test_memory_is_that_of_the_gpu",
     "engine/capture.py::random_state": f"{SECOND}::test_the_generator_of_the_gpu_is_captured",
     "engine/capture.py::replay_capture": f"{GPU_CHECK}fsdp2-resume",
+    "engine/console.py::_device": f"{SECOND}::test_the_first_screen_names_the_gpu",
     "engine/cuda_graphs.py::check_device": (
         "tests/engine/test_cuda_graphs.py::test_a_cpu_is_refused_before_anything_is_built"
     ),
@@ -62,6 +63,9 @@ BRANCHES = {
     "engine/precision.py::describe_choice": PRECISION,
     "engine/strategy.py::PretrainStrategy._accelerated": FIRST_STEP,
     "evaluation/features.py::_own_rows": f"{GPU_CHECK}knn",
+    "engine/host_config.py::for_cpu_ranks": (
+        f"{SECOND}::test_ranks_without_gpus_wrap_their_model_without_an_index"
+    ),
     "engine/host_config.py::settle_host": (
         "tests/engine/test_host_config.py::test_batch_norms_are_not_synchronised_without_a_gpu"
     ),

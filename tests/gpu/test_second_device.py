@@ -8,14 +8,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from dinov3_mm.apis.deployment.plan import _check_backbone
+from dinov3_mm.engine import host_config
 from dinov3_mm.engine.autoscale import resolve
 from dinov3_mm.engine.capture import random_state
+from dinov3_mm.engine.console import _device
 from dinov3_mm.engine.dry_run.fake_cuda import CUDA, fake_cuda
 from dinov3_mm.engine.hooks import console
 from dinov3_mm.engine.hooks.guards import _PendingFlag
+from dinov3_mm.engine.host_config import for_cpu_ranks
 from dinov3_mm.engine.runner import launch
 from dinov3_mm.evaluation.knn import nearest_neighbours
 from dinov3_mm.models.layers import attention
@@ -92,6 +96,22 @@ def test_memory_is_that_of_the_gpu(monkeypatch):
     with fake_cuda():
         assert console.memory_text() == "3.00 GiB CUDA"
         assert resolve.gpu_gib() == 80
+
+
+def test_the_first_screen_names_the_gpu():
+    with fake_cuda():
+        model = torch.nn.Linear(2, 2, device=CUDA)
+        assert _device(model) == f"1 process on {torch.cuda.get_device_name(CUDA)}"
+
+
+def test_ranks_without_gpus_wrap_their_model_without_an_index(monkeypatch):
+    monkeypatch.setattr(host_config, "is_distributed", lambda: True)
+    cfg = Config(dict(find_unused_parameters=True))
+    wrapper = for_cpu_ranks(cfg).model_wrapper_cfg
+    assert wrapper["device_ids"] is None and wrapper["find_unused_parameters"]
+    assert "model_wrapper_cfg" not in cfg
+    with fake_cuda():
+        assert for_cpu_ranks(cfg) is cfg
 
 
 def test_a_rank_takes_the_gpu_of_its_number():
