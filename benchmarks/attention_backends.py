@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinov3_mm.models.backbones.vit_variants import resolve_vit_arch
+from dinov3_mm.models.backbones.zoo import resolve_vit_arch
 from dinov3_mm.models.layers import RotaryEmbedding2D, SelfAttention
 from dinov3_mm.models.layers.attention import ATTN_BACKENDS, read_record, record_path
 

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as tv
 from dinov3_mm.datasets import MultiCrop, sample_generator
 from dinov3_mm.datasets.images import decode_image
 from dinov3_mm.datasets.transforms import pixel_ops
-from dinov3_mm.datasets.transforms.params import Box, CropParams, MultiCropParams
+from dinov3_mm.datasets.transforms.pixel_ops import Box, CropParams, MultiCropParams
 
 HEIGHT, WIDTH = 375, 500
 PHOTOS = ("astronaut", "chelsea", "coffee", "motorcycle_left", "rocket", "ihc", "retina")

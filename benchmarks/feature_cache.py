@@ -25,8 +25,8 @@ from mmengine.config import Config
 
 import dinov3_mm
 from dinov3_mm.engine import build_runner
+from dinov3_mm.engine.config.host import set_data_root
 from dinov3_mm.engine.feature_cache import use_feature_cache
-from dinov3_mm.engine.host_config import set_data_root
 
 CONFIG = Path(__file__).parent.parent / "configs/classification/linear_vits16_folder.py"
 TARGET = 10.0

@@ -18,10 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov3_mm.models.losses import ibot_loss, sinkhorn_knopp
-from dinov3_mm.models.losses.chunked_prototypes import (
-    chunked_cross_entropy,
-    sinkhorn_assignments,
-)
+from dinov3_mm.models.losses.prototypes import chunked_cross_entropy, sinkhorn_assignments
 
 WIDTH, TEACHER_TEMP, STUDENT_TEMP = 256, 0.07, 0.1
 

@@ -29,7 +29,7 @@ from train_step import PEAK_SIZE, Peak, Trainer, peak_memory_mb
 
 from dinov3_mm.engine import apply_options, parse_options
 from dinov3_mm.engine.config import fill_defaults
-from dinov3_mm.engine.networks import compile_units, networks_of
+from dinov3_mm.engine.strategies.ddp import compile_units, networks_of
 from dinov3_mm.models.layers.fp8 import enable_fp8
 from dinov3_mm.models.losses import compile_losses
 

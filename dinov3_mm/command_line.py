@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from dinov3_mm.suggest import nearest
+from .errors import nearest
 
 FAILURE, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 TRACEBACK = "--traceback"
@@ -224,7 +224,7 @@ def _of_constructor(error: Exception) -> str | None:
     name, text = getattr(cls, "__name__", str(cls)), _text(error)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if isinstance(error, TypeError) and unknown and unknown[1] in (build[1].get("args") or {}):
-        from dinov3_mm.engine.config.signature import accepted_keywords
+        from .errors import accepted_keywords
 
         near = nearest(unknown[1], accepted_keywords(cls) or ())
         hint = f"did you mean {near!r}?" if near else "see its documentation"

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
 
-from dinov3_mm.suggest import hint
+from .errors import hint
 
 # The extra of this project that installs a host.
 EXTRAS = {"mmcv": "ops", "mmcv.ops": "ops", "mmpretrain": "ops", "mmseg": "seg", "mmdet": "det"}

@@ -11,8 +11,8 @@ from mmengine.registry import HOOKS, MODELS, STRATEGIES, TRANSFORMS
 import dinov3_mm  # noqa: F401
 from dinov3_mm.datasets.loader import check_sizes
 from dinov3_mm.engine import check_config
-from dinov3_mm.engine.autoscale import DataFacts, resolve_auto
-from dinov3_mm.engine.config.defaults import fill_defaults, token_stride_of
+from dinov3_mm.engine.config.auto import DataFacts, resolve_auto
+from dinov3_mm.engine.config.check import fill_defaults, token_stride_of
 from dinov3_mm.engine.optim import build_schedule
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,7 @@ import argparse
 from collections.abc import Sequence
 
 import dinov3_mm  # noqa: F401  (registers the backbones)
-from dinov3_mm.checkpoints.conversion_report import BAR
-from dinov3_mm.checkpoints.convert import DTYPES, convert_checkpoint
+from dinov3_mm.checkpoints.convert import BAR, DTYPES, convert_checkpoint
 from dinov3_mm.checkpoints.targets import TARGETS
 from dinov3_mm.command_line import ToolParser, run_tool
 

@@ -20,15 +20,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from dinov3_mm.apis import FeatureExtractor, extract_to_files
-from dinov3_mm.apis.image_loading import ImageFiles
-from dinov3_mm.apis.layers import FOUR_EVEN
-from dinov3_mm.apis.preparation import INTERPOLATIONS, NATIVE, NATIVE_MODES, RESIZE_MODES
-from dinov3_mm.apis.tokens import FIELDS
 from dinov3_mm.command_line import ToolParser, run_tool
 from dinov3_mm.datasets.sources import FileSource, ImageFolder, ImageList
 from dinov3_mm.engine import LAUNCHERS, start_processes
-from dinov3_mm.engine.hooks.console import memory_text
-from dinov3_mm.engine.precision import AUTO, dtype_option
+from dinov3_mm.engine.hooks.progress import memory_text
+from dinov3_mm.features.preparation import (
+    INTERPOLATIONS,
+    NATIVE,
+    NATIVE_MODES,
+    RESIZE_MODES,
+    ImageFiles,
+)
+from dinov3_mm.features.tokens import FIELDS, FOUR_EVEN
+from dinov3_mm.models.precision import AUTO, dtype_option
 
 LIST_SUFFIXES = (".txt", ".csv", ".lst")
 SECONDS_BETWEEN_LINES = 30.0

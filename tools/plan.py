@@ -14,7 +14,7 @@ import dinov3_mm  # noqa: F401  (registers what configs name)
 from dinov3_mm.command_line import ToolParser, run_tool
 from dinov3_mm.engine import apply_options, parse_options, read_config, set_data
 from dinov3_mm.engine.dry_run import check_file
-from dinov3_mm.engine.dry_run.report import make_console
+from dinov3_mm.engine.dry_run.run import make_console
 from dinov3_mm.engine.plan import make_plan, print_plan
 
 

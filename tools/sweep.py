@@ -14,14 +14,10 @@ from rich.table import Table
 import dinov3_mm  # noqa: F401  (registers what configs name)
 from dinov3_mm.command_line import ToolParser, run_tool
 from dinov3_mm.engine import ConfigError, apply_options, parse_options, read_config
+from dinov3_mm.engine.config.check import is_host_config
+from dinov3_mm.engine.config.host import set_data_root, set_host_weights, settle_host
+from dinov3_mm.engine.downstream import Trial, parse_grid, sweep
 from dinov3_mm.engine.feature_cache import use_feature_cache
-from dinov3_mm.engine.host_config import (
-    is_host_config,
-    set_data_root,
-    set_host_weights,
-    settle_host,
-)
-from dinov3_mm.engine.sweep import Trial, parse_grid, sweep
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

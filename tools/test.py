@@ -22,8 +22,8 @@ from dinov3_mm.engine import (
     read_config,
     start_processes,
 )
-from dinov3_mm.engine.host_config import set_data_root, set_head, set_host_weights
-from dinov3_mm.engine.testing import build_tester, draw_predictions, test, use_tta
+from dinov3_mm.engine.config.host import set_data_root, set_head, set_host_weights
+from dinov3_mm.engine.downstream import build_tester, draw_predictions, test, use_tta
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -31,13 +31,9 @@ from dinov3_mm.engine import (
     start_from_stage,
     start_processes,
 )
+from dinov3_mm.engine.config.check import is_host_config
+from dinov3_mm.engine.config.host import set_data_root, set_host_weights, settle_host
 from dinov3_mm.engine.feature_cache import use_feature_cache
-from dinov3_mm.engine.host_config import (
-    is_host_config,
-    set_data_root,
-    set_host_weights,
-    settle_host,
-)
 
 NEWEST = "newest"
 

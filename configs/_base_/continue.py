@@ -1,6 +1,6 @@
 # Continue pretraining from released weights: what all sizes have in common. Values 'auto' are derived from the number of
 # images, the number of processes and the backbone when a run starts, and every derivation is logged; the rules are in
-# dinov3_mm/engine/autoscale/rules.py. A number in place of 'auto' stays.
+# dinov3_mm/engine/config/auto.py. A number in place of 'auto' stays.
 _base_ = ['./pretrain_runtime.py']
 
 images = dict(type='ImageFolder', root=None, decode_min_side=448)  # --data sets the root; twice the crop loses no detail

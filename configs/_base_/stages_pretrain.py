@@ -1,7 +1,7 @@
 # ViT-S, -B and -L from scratch on your images, stage 1 of 3: the recipe of the 7B at a size for 1 to 8 GPUs. The released models of
 # these sizes were distilled from the 7B; nobody has published this recipe for them, so each value says where it is from.
 #   bash tools/dist_train.sh configs/dinov3/vits_pretrain.py GPUS --data DIR
-# 'auto': derived from the images, the processes and the backbone, see dinov3_mm/engine/autoscale/rules.py.
+# 'auto': derived from the images, the processes and the backbone, see dinov3_mm/engine/config/auto.py.
 _base_ = ['./pretrain_runtime.py']
 
 images = dict(type='ImageFolder', root=None)  # --data sets the root

@@ -1,11 +1,10 @@
 """What a script or a notebook calls."""
 
 from dinov3_mm.features import FeatureSet, load_features
-
-from .extraction import extract_to_files
-from .extractor import FeatureExtractor
-from .preparation import ImagePreparation, UnsuitableImageError
-from .tokens import ImageFeatures, Tokens
+from dinov3_mm.features.extraction import extract_to_files
+from dinov3_mm.features.extractor import FeatureExtractor
+from dinov3_mm.features.preparation import ImagePreparation, UnsuitableImageError
+from dinov3_mm.features.tokens import ImageFeatures, Tokens
 
 __all__ = [
     "FeatureExtractor",

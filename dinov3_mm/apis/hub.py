@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from dinov3_mm.checkpoints import build_backbone
-from dinov3_mm.checkpoints.released import released_file
+from dinov3_mm.checkpoints.locate import released_file
 from dinov3_mm.models.backbones import ZOO, ZooRow
 
 

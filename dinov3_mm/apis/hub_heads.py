@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dinov3_mm
-from dinov3_mm.engine.host_config import HEAD, initializers, leave_random, set_host_weights
-from dinov3_mm.suggest import hint
+from dinov3_mm.engine.config.host import HEAD, initializers, leave_random, set_host_weights
+from dinov3_mm.errors import hint
 
 CONFIGS = Path(dinov3_mm.__file__).parent / ".mim" / "configs"
 
@@ -68,7 +68,7 @@ class OfficialSegmentor(HeadModel):
 
         Each value is a sum over queries of class probability times mask probability.
         """
-        from dinov3_mm.models.segmentation.mask2former_head import semantic_map
+        from dinov3_mm.models.segmentation.mask2former import semantic_map
 
         output = self(x)
         size = rescale_to or tuple(x.shape[-2:])
@@ -87,7 +87,7 @@ class OfficialDetector(HeadModel):
         """Detect in a list of images."""
         from mmdet.structures import DetDataSample
 
-        from dinov3_mm.models.detection.postprocess import best_boxes
+        from dinov3_mm.models.detection.plain_detr import best_boxes
 
         height, width = (max(image.shape[side] for image in images) for side in (1, 2))
         batch = torch.stack(

@@ -2,15 +2,13 @@
 
 from .build import build_backbone, list_backbones
 from .export import export_backbone, read_metadata
-from .foreign_names import to_hf, to_timm
+from .frozen import DINOv3Recorded
 from .heads import DINOv3HeadPretrained, export_head, load_head
-from .initializer import DINOv3Pretrained
-from .installing import install_weights, load_backbone_weights
+from .install import DINOv3Pretrained, install_weights, load_backbone_weights
 from .io import atomic_write
-from .loading import ForeignCheckpoint, load_weights
-from .report import LoadReport
-from .statistics import Statistics, read_statistics
-from .weights_record import DINOv3Recorded
+from .load import ForeignCheckpoint, LoadReport, load_weights
+from .locate import Statistics, read_statistics
+from .targets import to_hf, to_timm
 
 __all__ = [
     "DINOv3HeadPretrained",

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 
-from ..models.backbones.zoo import ZOO, zoo_row
-from ..suggest import hint
-from .adapter_exports import build_adapter
-from .download import is_url
-from .installing import install_weights
-from .loading import ForeignCheckpoint, load_weights
-from .model_hub import parse_hub_name
+from dinov3_mm.errors import hint
+from dinov3_mm.models.backbones.timm_backbone import FeatureMapBackbone
+from dinov3_mm.models.backbones.zoo import ZOO, zoo_row
+
+from .containers import open_checkpoint, read_export_header
+from .install import install_weights
+from .load import ForeignCheckpoint, load_weights
+from .locate import is_url, parse_hub_name
 
 
 def list_backbones(pattern: str | None = None, *, weights_only: bool = False) -> list[str]:
@@ -164,3 +166,39 @@ def _build(backbone: str, arch: str | dict[str, Any], overrides: dict[str, Any])
             known = [name for name in known if name != "arch"]
             raise TypeError(f"{backbone} has no argument {key!r}; {hint(key, known)}")
     return MODELS.build(dict(type=backbone, arch=arch, **overrides))
+
+
+# --- Exports of networks of other libraries, built again from what their header says ---
+
+
+def build_adapter(
+    path: str | os.PathLike, overrides: Mapping[str, Any] | None = None
+) -> BaseModule | None:
+    """The backbone of an export of ``TimmBackbone`` or ``FeatureMapBackbone``, in eval mode.
+
+    Args:
+        path: weight file, or folder of several.
+        overrides: arguments to change, of which such a backbone takes none.
+
+    Returns:
+        None for any other file.
+
+    Raises:
+        ImportError: the library of the network is not installed.
+        TypeError: overrides were given.
+        ValueError: the tensors are not the network's.
+    """
+    path = Path(path).expanduser()
+    header = read_export_header(path)
+    adapter = MODELS.get(header["backbone"]) if header else None
+    if adapter is None or not issubclass(adapter, FeatureMapBackbone):
+        return None
+    if overrides:
+        raise TypeError(f"{path} is a {header['backbone']}, whose arguments cannot be changed")
+    backbone = adapter(**header["arch"])
+    opened = open_checkpoint(path)
+    try:
+        backbone.foreign_module.load_state_dict(opened.read(opened.names), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the network that it names: {error}") from None
+    return backbone.eval()

@@ -1,27 +1,171 @@
 """Weight files from one format to another, checked against the library that will read them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from ..models.backbones.zoo import ZOO
-from ..suggest import hint
-from .conversion import ConversionRequest
-from .conversion_report import BAR, ConversionReport
-from .foreign_models import READERS, Features, own_features
-from .installing import install_weights
+from dinov3_mm.checkpoints.formats.conversion import (
+    PERIODS_KEY,
+    ConversionRequest,
+    recomputed_periods,
+)
+from dinov3_mm.errors import hint
+from dinov3_mm.models.backbones.zoo import ZOO
+
+from .install import install_weights
 from .io import PARTIAL_SUFFIX, atomic_folder
-from .loading import load_weights
-from .periods import PERIODS_KEY, recomputed_periods
-from .report import LoadReport
-from .statistics import Statistics, find_statistics, statistics_of_data
+from .load import LoadReport, load_weights
+from .locate import Statistics, find_statistics, statistics_of_data
 from .targets import TARGETS, Source, Target
+
+# --- Features of a converted backbone as the library that reads it computes them ---
+
+
+class Features(NamedTuple):
+    """Features after the final norm.
+
+    Attributes:
+        cls: (B, D).
+        patches: (B, N, D), row by row.
+    """
+
+    cls: Tensor
+    patches: Tensor
+
+
+class Reader(NamedTuple):
+    """How a library reads what was written.
+
+    Attributes:
+        package: import name of the library; None for this project.
+        features: of the model at a path on images (B, C, H, W), given what was written.
+    """
+
+    package: str | None
+    features: Callable[[Path, Source, Tensor], Features]
+
+    def version(self) -> str | None:
+        """Name and version of the library, None if it is not installed."""
+        if self.package is None:
+            return "dinov3_mm"
+        try:
+            return f"{self.package} {import_module(self.package).__version__}"
+        except ImportError:
+            return None
+
+
+def own_features(backbone: BaseModule, images: Tensor) -> Features:
+    """Features of a backbone of this project."""
+    tokens = backbone.forward_tokens(images)
+    return Features(tokens.cls, tokens.patches)
+
+
+def _ours(path: Path, source: Source, images: Tensor) -> Features:
+    backbone = type(source.backbone)(arch=source.arch)
+    install_weights(backbone, load_weights(path, arch=source.arch))
+    return own_features(backbone.eval(), images)
+
+
+def _transformers(path: Path, source: Source, images: Tensor) -> Features:
+    from transformers import AutoModel
+
+    model, loaded = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    problems = {kind: sorted(names) for kind, names in loaded.items() if names}
+    if problems:
+        raise ValueError(f"transformers does not load all of {path}: {problems}")
+    tokens = model.eval()(images).last_hidden_state
+    prefix = 1 + source.backbone.n_storage_tokens
+    return Features(tokens[:, 0], tokens[:, prefix:])
+
+
+def _timm(path: Path, source: Source, images: Tensor) -> Features:
+    import timm
+
+    model = timm.create_model(f"local-dir:{path}", pretrained=True).float().eval()
+    if source.kind == "DINOv3ConvNeXt":
+        featmap = model.head.norm(model.forward_features(images))
+        return Features(model(images), featmap.flatten(2).transpose(1, 2))
+    tokens = model.forward_features(images)
+    return Features(tokens[:, 0], tokens[:, 1 + source.backbone.n_storage_tokens :])
+
+
+READERS = {
+    "official": Reader(None, _ours),
+    "mm": Reader(None, _ours),
+    "hf": Reader("transformers", _transformers),
+    "timm": Reader("timm", _timm),
+}
+
+
+# --- What a conversion between formats reports ---
+
+
+# Allowed difference of features, relative to the largest value.
+BAR = 1e-4
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        source: what was read.
+        target: name of the format.
+        path: file or folder that was written.
+        num_mapped: official tensors that have a place in the format.
+        num_tensors: official tensors in all.
+        dropped: what has no place: pattern of names and reason.
+        made_up: what the source does not hold.
+        reader: library and version that the features were compared with; None if it is missing.
+        differences: largest difference of 'cls' and 'patches' over the largest value.
+        periods_effect: the same between rounded periods of the source and the exact ones of the
+            library, with equal weights; None if the periods are the same.
+        usage: Python that loads the result.
+    """
+
+    source: LoadReport
+    target: str
+    path: Path
+    num_mapped: int
+    num_tensors: int
+    dropped: tuple[str, ...]
+    made_up: tuple[str, ...]
+    reader: str | None
+    differences: dict[str, float]
+    periods_effect: float | None
+    usage: str
+
+    def __str__(self) -> str:
+        check = f"{self.reader or READERS[self.target].package}: not compared"
+        if self.differences:
+            values = ", ".join(f"{name} {value:.1e}" for name, value in self.differences.items())
+            check = f"{self.reader}: {values} of the largest value (bar {BAR:g})"
+        lines = {
+            "source": str(self.source),
+            "target": f"{self.target} {self.path}",
+            "mapped": f"{self.num_mapped} of {self.num_tensors} tensors",
+            "dropped": "; ".join(self.dropped) or "nothing",
+            "made up": "; ".join(self.made_up) or "nothing",
+            "compared": check,
+        }
+        if self.periods_effect is not None:
+            lines["periods"] = (
+                "of the source, which are rounded, become exact in the library: features differ "
+                f"by {self.periods_effect:.1e} of the largest value"
+            )
+        lines["load it"] = self.usage
+        return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

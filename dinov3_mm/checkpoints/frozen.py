@@ -1,5 +1,6 @@
 """The record that stands for a frozen backbone in a checkpoint, and the way back to its weights."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,12 +10,10 @@ import torch
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
-from ..models.backbones.zoo import zoo_row
-from .download import is_url
-from .fingerprint import fingerprint
-from .installing import load_backbone_weights
-from .model_hub import parse_hub_name
-from .released import located
+from dinov3_mm.models.backbones.zoo import zoo_row
+
+from .install import load_backbone_weights
+from .locate import is_url, located, parse_hub_name
 
 # Environment variable: a weight file, or the folder in which such files are looked for by name.
 WEIGHTS = "DINOV3_MM_WEIGHTS"
@@ -106,3 +105,24 @@ def _find(source: str) -> str | os.PathLike:
         f"weights {name} are not at {', '.join(map(str, places))}. Put the file there, or name it "
         f"or its folder in the environment variable {WEIGHTS}"
     )
+
+
+# --- A hash of weights that does not depend on the file that they came from ---
+
+
+_SAMPLES_PER_TENSOR = 1024
+
+
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> str:
+    """Hash of the names, shapes and up to 1024 values of every tensor of a module.
+
+    It is the same for the same weights in any file format, and takes no time for large models.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        step = max(1, tensor.numel() // _SAMPLES_PER_TENSOR)
+        values = tensor.detach().reshape(-1)[::step].double().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]

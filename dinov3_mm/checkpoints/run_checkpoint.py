@@ -10,8 +10,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from .report import shortened
-from .torch_file import reason_of_refusal
+from .containers import reason_of_refusal
+from .load import shortened
 
 
 def load_run_checkpoint(model: nn.Module, path: str | os.PathLike) -> dict[str, Any]:

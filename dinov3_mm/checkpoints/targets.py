@@ -13,13 +13,100 @@ from mmengine.registry import MODELS
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinov3_mm.checkpoints.formats.conversion import PERIODS_KEY
+from dinov3_mm.checkpoints.formats.hugging_face import (
+    convnext_to_hf,
+    dinov2_to_hf,
+    hf_convnext_config,
+    hf_preprocessor_config,
+    hf_vit_config,
+)
+from dinov3_mm.checkpoints.formats.hugging_face import (
+    to_hf as vit_to_hf,
+)
+from dinov3_mm.checkpoints.formats.timm import (
+    convnext_to_timm,
+    dinov2_to_timm,
+    timm_convnext_config,
+    timm_folder_config,
+    timm_vit_config,
+)
+from dinov3_mm.checkpoints.formats.timm import (
+    to_timm as vit_to_timm,
+)
+
 from .export import export_backbone
-from .foreign_names import TO_HF, TO_TIMM
-from .hf_config import hf_convnext_config, hf_preprocessor_config, hf_vit_config
 from .io import atomic_write
-from .periods import PERIODS_KEY
-from .statistics import Statistics
-from .timm_config import timm_convnext_config, timm_folder_config, timm_vit_config
+from .load import select_backbone
+from .locate import Statistics
+
+# --- Official weights of any backbone under the names of other libraries ---
+
+
+# By class name in the MODELS registry.
+TO_HF = {
+    "DINOv3ViT": vit_to_hf,
+    "DINOv3ConvNeXt": convnext_to_hf,
+    "DINOv2ViT": dinov2_to_hf,
+}
+TO_TIMM = {
+    "DINOv3ViT": vit_to_timm,
+    "DINOv3ConvNeXt": convnext_to_timm,
+    "DINOv2ViT": dinov2_to_timm,
+}
+
+
+def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert official weights to the names that Hugging Face writes to disk.
+
+    Of a ViT, bias masks are folded into the biases; the RoPE periods, which the library computes
+    exactly, and ``local_cls_norm``, which serves in training only, are left out. ConvNeXts lose
+    nothing.
+
+    Raises:
+        ValueError: If these are not the official names of a backbone, or the library has no place
+            for the model.
+    """
+    return _converter(TO_HF, state_dict, "Hugging Face")(state_dict)
+
+
+def to_timm(state_dict: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Convert official weights to timm's names.
+
+    Of a ViT, bias masks are folded into the biases; the mask token, the RoPE periods, which timm
+    computes exactly, and ``local_cls_norm``, which serves in training only, are left out. ConvNeXts
+    lose nothing.
+
+    Args:
+        state_dict: official names.
+        **options: for a ViT ``qkv_bias``: True writes q and v biases, for a ``qkvb`` model; False
+            leaves them out, for a plain model; None (default) writes them if there is a qkv bias.
+            For a ConvNeXt ``conv_mlp``: True writes pointwise weights as 1 x 1 convolutions.
+
+    Raises:
+        TypeError: If the kind of backbone has no such option.
+        ValueError: If these are not the official names of a backbone, or the library has no place
+            for the model.
+    """
+    return _converter(TO_TIMM, state_dict, "timm")(state_dict, **options)
+
+
+def _converter(
+    table: Mapping[str, Callable[..., dict[str, Tensor]]],
+    state_dict: Mapping[str, Tensor],
+    library: str,
+) -> Callable[..., dict[str, Tensor]]:
+    selection = select_backbone(state_dict, "the state dict")
+    if selection.layout.name != "official" or selection.prefix:
+        raise ValueError(
+            f"the state dict has {selection.layout.title} names under {selection.prefix!r}; "
+            "expected the official names of a backbone, as load_weights returns them"
+        )
+    kind = selection.layout.family.backbone
+    if kind not in table:
+        raise ValueError(f"{kind} cannot be converted to {library}; {' and '.join(table)} can")
+    return table[kind]
+
 
 # What a format has no place for: pattern of official names, reason.
 Losses = tuple[tuple[str, str], ...]

@@ -1,14 +1,7 @@
 """Images for pretraining: sources, multi-crop augmentation, masking, and the data loader."""
 
-from dinov3_mm.datasets.classification import ClassificationFolder
 from dinov3_mm.datasets.collate import MultiCropCollate
 from dinov3_mm.datasets.loader import PretrainDataLoader, build_pretrain_dataloader
-from dinov3_mm.datasets.loading import LoadLabelMap, LoadMissingImage
-from dinov3_mm.datasets.masking import MaskPlanner, block_mask
-from dinov3_mm.datasets.multi_crop_dataset import MultiCropDataset
-from dinov3_mm.datasets.randomness import Permutation, sample_generator, torch_seed
-from dinov3_mm.datasets.samplers import BatchLayout, PositionBatchSampler
-from dinov3_mm.datasets.scene_tasks import SyntheticScenesTask
 from dinov3_mm.datasets.sources import (
     BatchMixture,
     BrokenImageError,
@@ -22,6 +15,12 @@ from dinov3_mm.datasets.sources import (
 from dinov3_mm.datasets.statistics import ChannelStatistics, channel_statistics
 from dinov3_mm.datasets.synthetic_scenes import SyntheticScenes
 from dinov3_mm.datasets.transforms import MultiCrop, MultiResolutionCrop
+from dinov3_mm.datasets.transforms.host_steps import LoadLabelMap, LoadMissingImage
+
+from .collate import MaskPlanner, block_mask
+from .labelled import ClassificationFolder, SyntheticScenesTask
+from .loader import MultiCropDataset
+from .order import BatchLayout, Permutation, PositionBatchSampler, sample_generator, torch_seed
 
 __all__ = [
     "BatchLayout",

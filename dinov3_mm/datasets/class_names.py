@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from mmengine.dataset import BaseDataset
 
-from dinov3_mm.suggest import nearest
+from dinov3_mm.errors import nearest
 
 # Names that a message lists before it only counts.
 _SHOWN = 8

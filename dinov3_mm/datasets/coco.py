@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dinov3_mm.suggest import nearest
+from dinov3_mm.errors import nearest
 
 # Names that a message lists before it only counts.
 _SHOWN = 5

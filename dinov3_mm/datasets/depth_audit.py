@@ -11,17 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dinov3_mm.datasets.images import BrokenImageError
-from dinov3_mm.datasets.label_audit import (
-    Chosen,
-    Refused,
-    Report,
-    check_size,
-    judge_files,
-    step_of,
-)
-
-from .loading import LoadDepthMap, is_saturated, read_depth_map
+from .depth import LoadDepthMap, is_saturated, read_depth_map
+from .images import BrokenImageError
+from .label_audit import Chosen, Refused, Report, check_size, judge_files, step_of
 
 # Of a map, this many measured pixels at most, evenly spread, go into the quantiles.
 _PIXELS_OF_A_MAP = 4096

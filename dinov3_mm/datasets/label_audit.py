@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dinov3_mm.datasets.images import BrokenImageError, opened, read_frame
-from dinov3_mm.datasets.loading import ORIENTATION, LoadLabelMap, fit_map, get_bytes
+from dinov3_mm.datasets.transforms.host_steps import ORIENTATION, LoadLabelMap, fit_map, get_bytes
 
 IGNORED = 255
 # Samples that a data set computes cost more than files, and are right by construction.

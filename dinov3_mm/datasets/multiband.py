@@ -27,8 +27,9 @@ from dinov3_mm.datasets.images import (
     read_size,
     turned,
 )
-from dinov3_mm.datasets.tiff import TIFF_STARTS, decode_tiff, tiff_shape
-from dinov3_mm.suggest import hint
+from dinov3_mm.errors import hint
+
+from .images import TIFF_STARTS, decode_tiff, tiff_shape
 
 UNCHANGED = "unchanged"
 COLOR_MODES = {**COLOR_CHANNELS, UNCHANGED: None}

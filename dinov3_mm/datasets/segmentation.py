@@ -23,7 +23,7 @@ from dinov3_mm.datasets.image_files import (  # noqa: E402
     open_text,
     text_lines,
 )
-from dinov3_mm.datasets.loading import Palette, as_colors  # noqa: E402
+from dinov3_mm.datasets.transforms.host_steps import Palette, as_colors  # noqa: E402
 
 CLASS_FILE = "classes.txt"
 FROM_FILE = "from_file"

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from mmengine.logging import print_log
 
-from dinov3_mm.datasets.sources import BrokenImageError, ImageSource
+from .images import BrokenImageError
+from .sources import ImageSource
 
 
 class ChannelStatistics(NamedTuple):

@@ -1,19 +1,18 @@
-"""Training: configs, launch, strategies, the loop, hooks and the optimizer."""
+"""Training: configs, launch, strategies, the loop, hooks and the optimizer.
 
-# These register what configs name.
-from . import feature_cache, fsdp2, hooks, loops, optim, strategy, students  # noqa: F401
+Modules imported for their effect register what configs name.
+"""
+
+from dinov3_mm.engine.config.from_stage import resume_stage, start_from_stage
+from dinov3_mm.engine.config.read import set_data, set_teacher, set_weights
+
+from . import feature_cache, hooks, loop, optim  # noqa: F401
 from .build import build_runner
 from .config import ConfigError, apply_options, check_config, parse_options, read_config
+from .launch import LAUNCHERS, end_processes, run_training, start_processes
 from .resume import set_resume
-from .runner import (
-    LAUNCHERS,
-    end_processes,
-    find_latest_checkpoint,
-    run_training,
-    start_processes,
-)
-from .stages import resume_stage, start_from_stage
-from .starting_point import set_data, set_teacher, set_weights
+from .run_files import find_latest_checkpoint
+from .strategies import ddp, fsdp2, students  # noqa: F401
 
 __all__ = [
     "LAUNCHERS",

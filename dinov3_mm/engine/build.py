@@ -8,23 +8,21 @@ from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_distributed
 from mmengine.registry import MODELS, RUNNERS
 
-from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto
-from dinov3_mm.engine.coco_config import settle_objects
-from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
+from dinov3_mm.engine.config.auto import RECORD, DataFacts, resolve_auto
+from dinov3_mm.engine.config.check import is_host_config
+from dinov3_mm.engine.config.coco import settle_objects
+from dinov3_mm.engine.config.from_stage import refuse_orphan
+from dinov3_mm.engine.config.host import for_cpu_ranks, is_classifier, settle_host
+from dinov3_mm.engine.config.read import settle_data, settle_teacher, settle_weights
 from dinov3_mm.engine.console import StartHook, quiet_console
 from dinov3_mm.engine.hooks import ClassCheckHook, ScheduleCheckHook
-from dinov3_mm.engine.hooks.host_checkpoint import write_aside
+from dinov3_mm.engine.hooks.downstream_checkpoint import write_aside
 from dinov3_mm.engine.hooks.resume import ResumeHook
-from dinov3_mm.engine.host_config import (
-    for_cpu_ranks,
-    is_classifier,
-    is_host_config,
-    settle_host,
-)
-from dinov3_mm.engine.precision import use_compute_dtype
 from dinov3_mm.engine.resume import read_resumed, refuse_resumed
-from dinov3_mm.engine.stages import refuse_orphan
-from dinov3_mm.engine.starting_point import settle_data, settle_teacher, settle_weights
+from dinov3_mm.errors import ConfigError
+from dinov3_mm.models.precision import use_compute_dtype
+
+from .config import check_config, fill_defaults
 
 
 def build_runner(cfg: Config, *, notes: Sequence[str] = ()):

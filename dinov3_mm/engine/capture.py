@@ -20,12 +20,13 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from dinov3_mm.engine.runner.files import remove
-from dinov3_mm.engine.runner.launch import failing_together
-from dinov3_mm.engine.runner.sharded_state import load_sharded_state, save_sharded_state
-from dinov3_mm.engine.runner.training_state import (
+from .launch import failing_together
+from .run_files import remove
+from .training_state import (
     load_model_state,
+    load_sharded_state,
     read_training_state,
+    save_sharded_state,
     write_training_state,
 )
 

@@ -23,7 +23,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
-from dinov3_mm.engine.host_config import is_host_config
+from dinov3_mm.engine.config.check import is_host_config
 from dinov3_mm.engine.resume import checkpoint_of
 
 ENVIRONMENT_FILE = "environment.txt"

@@ -1,22 +1,28 @@
 """Evaluation of frozen features: k-NN, dense linear probe, retrieval, rank, and their baselines."""
 
-from .baselines import colour_histogram, random_init_backbone, raw_patches, raw_pixels
-from .dense_probe import DenseProbeResult, dense_linear_probe, fit_patch_classifier, stack_masks
-from .features import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Features,
-    evaluating,
-    extract_features,
-    preserved_random_state,
+from dinov3_mm.datasets.evaluation_images import (
+    HeldOutSplit,
+    ImageSet,
+    class_labels,
+    paired_labels,
+    patch_labels,
 )
-from .held_out import HeldOutSplit
-from .images import ImageSet, class_labels, paired_labels, patch_labels
+from dinov3_mm.features.frozen import Features, evaluating, extract_features, preserved_random_state
+from dinov3_mm.models.backbones.zoo import IMAGENET_MEAN, IMAGENET_STD
+from dinov3_mm.models.pretraining.diagnostics import effective_rank
+
+from .dense_probe import DenseProbeResult, dense_linear_probe, fit_patch_classifier, stack_masks
 from .knn import KNNScore, chance_level, knn_classify, knn_scores, nearest_neighbours
 from .metrics import confusion_matrix, iou_per_class, segmentation_metrics, top_k_accuracy
-from .rank import effective_rank
 from .retrieval import RandomViews, two_crop_retrieval
-from .table import RepresentationTable, representation_table
+from .table import (
+    RepresentationTable,
+    colour_histogram,
+    random_init_backbone,
+    raw_patches,
+    raw_pixels,
+    representation_table,
+)
 
 __all__ = [
     "IMAGENET_MEAN",

@@ -4,13 +4,86 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 
-from .images import ImageSet, patch_labels
-from .metrics import IGNORE_INDEX, count_pairs, iou_per_class, segmentation_metrics
-from .ranks import Sharing
-from .ridge import ROW_CHUNK, RidgeStatistics
+from dinov3_mm.datasets.evaluation_images import IGNORE_INDEX, ImageSet, patch_labels
+from dinov3_mm.features.frozen import Sharing
+
+from .metrics import count_pairs, iou_per_class, segmentation_metrics
+
+# --- Weighted ridge regression in closed form from sufficient statistics ---
+
+
+ROW_CHUNK = 65536
+
+
+@dataclass
+class RidgeStatistics:
+    """Weighted sums that determine a ridge regression of targets Y (N, C) on features X (N, D).
+
+    Kept in float64. Statistics of disjoint parts add up, so a fit on their union costs no second
+    pass over the features.
+    """
+
+    weight: Tensor  # () sum of the sample weights w
+    feature_sum: Tensor  # (D,) sum of w x
+    target_sum: Tensor  # (C,) sum of w y
+    gram: Tensor  # (D, D) sum of w x x^T
+    cross: Tensor  # (D, C) sum of w x y^T
+
+    @classmethod
+    def of_classes(
+        cls, features: Tensor, labels: Tensor, class_weights: Tensor
+    ) -> "RidgeStatistics":
+        """Statistics for one-hot targets of ``labels`` (N,), samples weighted by their class.
+
+        Args:
+            features: (N, D).
+            labels: (N,) int64 in [0, C).
+            class_weights: (C,) positive.
+        """
+        dims, num_classes = features.shape[1], len(class_weights)
+        gram = torch.zeros(dims, dims, dtype=torch.float64, device=features.device)
+        cross = torch.zeros(num_classes, dims, dtype=torch.float64, device=features.device)
+        # Products in fp32 by chunk, sums of chunks in fp64: fast, and precise once means cancel.
+        for rows, classes in zip(features.split(ROW_CHUNK), labels.split(ROW_CHUNK)):
+            weighted = rows * class_weights[classes, None].to(rows)
+            gram += (rows.T @ weighted).double()
+            cross += rows.new_zeros(num_classes, dims).index_add_(0, classes, weighted).double()
+        own = class_weights.to(features.device, torch.float64)
+        counts = torch.zeros_like(own).index_add_(0, labels, own[labels])
+        return cls(counts.sum(), cross.sum(dim=0), counts, gram, cross.T)
+
+    def __add__(self, other: "RidgeStatistics") -> "RidgeStatistics":
+        return RidgeStatistics(
+            self.weight + other.weight,
+            self.feature_sum + other.feature_sum,
+            self.target_sum + other.target_sum,
+            self.gram + other.gram,
+            self.cross + other.cross,
+        )
+
+    def over(self, ranks: Sharing) -> "RidgeStatistics":
+        """The sum over ranks that share the samples."""
+        parts = (self.weight, self.feature_sum, self.target_sum, self.gram, self.cross)
+        return RidgeStatistics(*ranks.add(*parts))
+
+    @property
+    def mean_variance(self) -> Tensor:
+        """Weighted variance of the features, averaged over the D of them."""
+        mean = self.feature_sum / self.weight
+        return (self.gram.diagonal() / self.weight - mean.square()).clamp_min(0).mean()
+
+    def solve(self, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Minimise sum of w |y - xW - b|^2 + alpha |W|^2: weights (D, C) and intercept (C,)."""
+        mean, target_mean = self.feature_sum / self.weight, self.target_sum / self.weight
+        covariance = self.gram - self.weight * torch.outer(mean, mean)
+        cross = self.cross - self.weight * torch.outer(mean, target_mean)
+        covariance.diagonal().add_(alpha)
+        weight = torch.linalg.solve(covariance, cross)
+        return weight, target_mean - mean @ weight
+
 
 RIDGE_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 BALANCE_GRID = (0.0, 0.5, 1.0)
@@ -121,7 +194,7 @@ def fit_patch_classifier(
         balances: candidate exponents, 0 for no and 1 for full balancing.
         validation_share: in (0, 1).
         shared: each rank gives its own images only, those of
-            :func:`~dinov3_mm.evaluation.ranks.share_of`; sums over all of them decide, so that
+            :func:`~dinov3_mm.features.frozen.share_of`; sums over all of them decide, so that
             every rank gets the classifier that one process would get, to rounding.
     """
     if normalization not in ("standardize", "l2"):

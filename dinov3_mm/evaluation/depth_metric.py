@@ -1,7 +1,7 @@
-"""Metrics of depth maps for MMEngine's evaluator: per image, averaged over images."""
+"""Metrics of depth and canopy height: of one map, and for MMEngine's evaluator."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from mmengine.evaluator import BaseMetric
@@ -10,9 +10,96 @@ from mmengine.registry import METRICS
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinov3_mm.suggest import hint
+from dinov3_mm.errors import hint
 
-from .depth_scores import CROPS, SCORES, depth_scores, scale_and_shift, valid_depth
+# --- Scores of one depth map against its truth (as since arXiv 1406.2283) ---
+
+
+def valid_depth(target: Tensor, min_depth: float, max_depth: float) -> Tensor:
+    """Where a truth (..., H, W) was measured and lies between the two depths, exclusive."""
+    return (target > min_depth) & (target < max_depth)
+
+
+def eigen_crop(height: int, width: int) -> Tensor:
+    """The part of NYUv2 maps that counts: rows 45 to 471, columns 41 to 601 of 480 x 640."""
+    rows = (45 * height // 480, 471 * height // 480)
+    return _window(height, width, rows, (41 * width // 640, 601 * width // 640))
+
+
+def garg_crop(height: int, width: int) -> Tensor:
+    """The part of KITTI maps that counts (arXiv 1603.04992)."""
+    rows = (int(0.40810811 * height), int(0.99189189 * height))
+    return _window(height, width, rows, (int(0.03594771 * width), int(0.96405229 * width)))
+
+
+def _window(height: int, width: int, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    inside[slice(*rows), slice(*columns)] = True
+    return inside
+
+
+CROPS: dict[str, Callable[[int, int], Tensor]] = {"eigen": eigen_crop, "garg": garg_crop}
+
+
+def scale_and_shift(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of ``pred`` (K,) that bring it closest to ``target`` in squared error.
+
+    A constant prediction gets scale 0 and the mean truth as shift.
+    """
+    pred, target = pred.double(), target.double()
+    centered = pred - pred.mean()
+    variance = centered.square().mean()
+    covariance = (centered * (target - target.mean())).mean()
+    scale = covariance / variance if variance > 0 else torch.zeros_like(variance)
+    return scale, target.mean() - scale * pred.mean()
+
+
+def depth_scores(pred: Tensor, target: Tensor) -> dict[str, float]:
+    """Every score of :data:`SCORES`.
+
+    Args:
+        pred, target: depth (K,) of the pixels that count, positive.
+
+    Returns:
+        Scores by name, NaN if there are no pixels. Distances are in the unit of the depth,
+        ``silog`` is times 100, the rest are fractions.
+    """
+    pred, target = pred.double(), target.double()
+    error, ratio = pred - target, torch.maximum(pred / target, target / pred)
+    log_error = target.log() - pred.log()
+    log_mean_square = log_error.square().mean()
+    silog = 100 * (log_mean_square - log_error.mean().square()).clamp_min(0).sqrt()
+    scores = {
+        "a1": (ratio < 1.25).double().mean(),
+        "a2": (ratio < 1.25**2).double().mean(),
+        "a3": (ratio < 1.25**3).double().mean(),
+        "abs_rel": (error.abs() / target).mean(),
+        "rmse": error.square().mean().sqrt(),
+        "log_10": (target.log10() - pred.log10()).abs().mean(),
+        "rmse_log": log_mean_square.sqrt(),
+        "silog": silog,
+        "sq_rel": (error.square() / target).mean(),
+        "mae": error.abs().mean(),
+    }
+    return {name: value.item() for name, value in scores.items()}
+
+
+SCORES = (
+    "a1",
+    "a2",
+    "a3",
+    "abs_rel",
+    "rmse",
+    "log_10",
+    "rmse_log",
+    "silog",
+    "sq_rel",
+    "mae",
+)
+
+
+# --- Metrics of depth maps for MMEngine's evaluator: per image, averaged over images ---
+
 
 ALIGNMENTS = ("least_squares",)
 
@@ -125,3 +212,79 @@ def _check(what: str, given: Sequence[str], known: Sequence[str] | dict) -> None
     for name in given:
         if name not in known:
             raise ValueError(f"{what}: {name!r} is unknown; {hint(name, known)}")
+
+
+# --- Metrics of canopy height: mean absolute error, and R^2 of blocks ---
+
+
+@METRICS.register_module()
+class DINOv3CanopyMetric(BaseMetric):
+    """Scores of canopy height over all pixels and blocks of a data set.
+
+    - ``mae``: mean absolute error, in metres.
+    - ``block_r2``: coefficient of determination of mean heights of square blocks. A block counts
+      with its measured pixels, if they are at least half of it; blocks at the right and bottom
+      border that are not whole do not count.
+
+    Args:
+        block_size: side of a block, in pixels of the truth. The published value is not known to us.
+        max_height: the range of truth and prediction, in metres; a truth outside does not count,
+            negative values mean 'not measured', 0 is bare ground.
+        collect_device, prefix: see ``BaseMetric``.
+
+    Raises:
+        ValueError: on use, if no pixel counts.
+    """
+
+    default_prefix = "canopy"
+
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        max_height: float = 96.0,
+        collect_device: str = "cpu",
+        prefix: str | None = None,
+    ) -> None:
+        super().__init__(collect_device=collect_device, prefix=prefix)
+        if block_size < 1:
+            raise ValueError(f"block_size is {block_size}; expected 1 or more pixels")
+        self.block_size = block_size
+        self.max_height = max_height
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """Take sums of the maps ``pred_depth_map`` and ``gt_depth_map`` of samples."""
+        for sample in data_samples:
+            pred, target = (x.double().cpu() for x in maps_of(sample))
+            mask = (target >= 0) & (target <= self.max_height)
+            pred = pred.clamp(0, self.max_height)
+            error = (pred - target)[mask].abs().sum().item()
+            blocks = torch.stack(self._block_means(pred, target, mask)).numpy()
+            self.results.append((error, int(mask.sum()), blocks))
+
+    def _block_means(self, pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean heights (K,) of the K blocks that count."""
+
+        def share(values: Tensor) -> Tensor:
+            if min(values.shape) < self.block_size:
+                return values.new_zeros(0)
+            return F.avg_pool2d(values[None, None], self.block_size).flatten()
+
+        measured = share(mask.double())
+        counts = measured >= 0.5
+        pred, target = (share(x.masked_fill(~mask, 0.0)) for x in (pred, target))
+        return pred[counts] / measured[counts], target[counts] / measured[counts]
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """``mae`` and ``block_r2`` (NaN with fewer than two blocks of different height)."""
+        count = sum(number for _, number, _ in results)
+        if not count:
+            raise ValueError(
+                f"none of {len(results)} maps has a height from 0 to {self.max_height}: look at "
+                "the data set's depth_scale"
+            )
+        blocks = torch.cat([torch.from_numpy(blocks) for *_, blocks in results], dim=1)
+        pred, target = blocks
+        spread = (target - target.mean()).square().sum()
+        r2 = 1 - (pred - target).square().sum() / spread if spread > 0 else torch.tensor(torch.nan)
+        return {"mae": sum(error for error, *_ in results) / count, "block_r2": r2.item()}

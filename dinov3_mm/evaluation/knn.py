@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ranks import Sharing
+from dinov3_mm.features.frozen import Sharing
 
 # Rows of a similarity block: queries x references never exceeds 4 M values (16 MB in fp32).
 QUERY_CHUNK = 512

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = 255
+from dinov3_mm.datasets.evaluation_images import IGNORE_INDEX
 
 
 def top_k_accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:

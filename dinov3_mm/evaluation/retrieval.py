@@ -5,9 +5,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import CachedImages, ImageSource, to_chw
+from dinov3_mm.datasets.evaluation_images import CachedImages, ImageSource, to_chw
+from dinov3_mm.features.frozen import Sharing
+
 from .knn import nearest_neighbours
-from .ranks import Sharing
 
 
 class RandomViews(CachedImages):

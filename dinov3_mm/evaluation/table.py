@@ -7,13 +7,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
 
-from .baselines import colour_histogram, random_init_backbone, raw_patches, raw_pixels
+from dinov3_mm.datasets.evaluation_images import (
+    ImageSet,
+    ImageSource,
+    check_semantic_classes,
+    paired_labels,
+)
+from dinov3_mm.features.frozen import (
+    extract_features,
+    gather_shards,
+    preserved_random_state,
+    shard_indices,
+)
+from dinov3_mm.models.backbones.zoo import IMAGENET_MEAN, IMAGENET_STD
+from dinov3_mm.models.pretraining.diagnostics import effective_rank
+
 from .dense_probe import DenseProbeResult, dense_linear_probe, stack_masks
-from .features import IMAGENET_MEAN, IMAGENET_STD, extract_features
-from .images import ImageSet, ImageSource, check_semantic_classes, paired_labels
 from .knn import chance_level, knn_classify
-from .rank import effective_rank
 
 RAW_PIXELS = "raw pixels"
 COLOUR_HISTOGRAM = "colour histogram"
@@ -176,3 +189,64 @@ def _dense(
 
 def _cell(value: float, best: float) -> str:
     return f"[bold]{value:.1f}[/bold]" if value == best else f"{value:.1f}"
+
+
+# --- What a trained representation must beat: raw pixels, colour histograms, the untrained
+# network
+
+
+def raw_pixels(images: Dataset, size: int = 16) -> Tensor:
+    """Pixels at ``size`` x ``size``, centred image by image: (N, 3 * size^2) fp32.
+
+    Without the centring, cosine similarity mostly compares mean brightness.
+    """
+
+    def describe(image: Tensor) -> Tensor:
+        small = F.interpolate(image[None].float() / 255, size=(size, size), mode="area").flatten()
+        return small - small.mean()
+
+    return _describe(images, describe)
+
+
+def colour_histogram(images: Dataset, bins: int = 8) -> Tensor:
+    """Square roots of joint RGB histograms, (N, bins^3) fp32.
+
+    Their cosine is the Bhattacharyya coefficient of the two colour distributions.
+    """
+
+    def describe(image: Tensor) -> Tensor:
+        levels = (image.flatten(1).long() * bins) // 256
+        cells = (levels[0] * bins + levels[1]) * bins + levels[2]
+        return (torch.bincount(cells, minlength=bins**3) / cells.numel()).sqrt()
+
+    return _describe(images, describe)
+
+
+def raw_patches(images: Dataset, patch_size: int = 16) -> Tensor:
+    """Pixels of every patch, (N, P, 3 * patch_size^2) fp32: the dense counterpart of raw pixels."""
+
+    def describe(image: Tensor) -> Tensor:
+        columns = F.unfold(image[None].float() / 255, patch_size, stride=patch_size)
+        return columns[0].T.contiguous()
+
+    return _describe(images, describe)
+
+
+def random_init_backbone(backbone: nn.Module, seed: int = 0) -> nn.Module:
+    """The same architecture with freshly drawn weights, on the same device, in eval mode.
+
+    Args:
+        backbone: a module whose class rebuilds it from ``arch_settings``.
+        seed: of the weights; the global random state is left alone.
+    """
+    with preserved_random_state():
+        torch.manual_seed(seed)
+        fresh = type(backbone)(arch=backbone.arch_settings)
+        fresh.init_weights()
+    return fresh.to(next(backbone.parameters()).device).eval()
+
+
+def _describe(images: Dataset, describe) -> Tensor:
+    """Stack ``describe(image)`` over this rank's share and gather the ranks' rows in order."""
+    rows = torch.stack([describe(images[index]) for index in shard_indices(len(images))])
+    return gather_shards(rows, len(images))

@@ -1,17 +1,5 @@
-"""Features on disk: shards, one merged file, and their reading."""
+"""Features of frozen backbones: prepared images, one extractor, files on disk."""
 
-from .load import FeatureSet, load_features
-from .merge import FILE_SUFFIXES, merge_shards
-from .plan import ExtractionPlan
-from .shards import ShardBuffer, read_shard_header, write_shard
+from .store import FeatureSet, load_features
 
-__all__ = [
-    "FILE_SUFFIXES",
-    "ExtractionPlan",
-    "FeatureSet",
-    "ShardBuffer",
-    "load_features",
-    "merge_shards",
-    "read_shard_header",
-    "write_shard",
-]
+__all__ = ["FeatureSet", "load_features"]

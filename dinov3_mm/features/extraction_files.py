@@ -1,15 +1,197 @@
-"""What an earlier run has left: which of its rows still belong to their images."""
+"""What an extraction writes, into which files, and which rows of an earlier one it keeps."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from .files import FileState, file_states, is_same, some
-from .load import INDEX_FILE, RaggedRows, open_index, open_shards
-from .shards import GRID_SUFFIX, read_shard_header
+from dinov3_mm.checkpoints import atomic_write
+from dinov3_mm.errors import hint
+
+from .store import (
+    GRID_SUFFIX,
+    INDEX_FILE,
+    FileState,
+    RaggedRows,
+    file_states,
+    is_same,
+    open_index,
+    open_shards,
+    read_shard_header,
+    some,
+)
+from .tokens import FIELDS, ImageFeatures, Tokens
+
+# --- The named arrays that are stored of features ---
+
+
+STORE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class FieldSelection:
+    """Which tokens are stored, and under which names.
+
+    The tokens of the last block have plain names (``'cls'``), those of other blocks carry its index
+    (``'layers.5.cls'``).
+
+    Args:
+        what: any of 'cls', 'registers', 'patches', 'pooled' (mean patch).
+        layers: further blocks.
+        store_dtype: 'fp32' or 'fp16'.
+        ragged: images have different sizes: patches are stored as one row per patch, with the rows
+            and columns of each image under ``'patches.grid'``.
+
+    Raises:
+        ValueError: If a field or the dtype is unknown, or there is no field.
+    """
+
+    def __init__(
+        self, what: Sequence[str], layers: Sequence[int], *, store_dtype: str, ragged: bool
+    ) -> None:
+        if store_dtype not in STORE_DTYPES:
+            raise ValueError(
+                f"unknown store_dtype {store_dtype!r}; {hint(str(store_dtype), STORE_DTYPES)}"
+            )
+        unknown = next((field for field in what if field not in FIELDS), None)
+        if unknown is not None or not what:
+            raise ValueError(f"cannot extract {unknown!r}; {hint(str(unknown), FIELDS)}")
+        self._what = [field for field in FIELDS if field in what]
+        self._sources = {"": None, **{f"layers.{index}.": index for index in layers}}
+        self._dtype, self._ragged = STORE_DTYPES[store_dtype], ragged
+        self.names = [prefix + field for prefix in self._sources for field in self._what]
+        self.ragged = [name for name in self.names if ragged and name.endswith("patches")]
+
+    def select(self, features: ImageFeatures) -> dict[str, np.ndarray]:
+        """The stored arrays (B, ...) of features on any device."""
+        arrays = {}
+        for prefix, layer in self._sources.items():
+            tokens = features if layer is None else features.layers[layer]
+            for part in self._what:
+                arrays[prefix + part] = self._store(getattr(tokens, part))
+            if prefix + "patches" in self.ragged:
+                arrays[prefix + "patches" + GRID_SUFFIX] = np.array(tokens.grids, np.int32)
+        return arrays
+
+    def describe(self, features: ImageFeatures) -> dict[str, dict]:
+        """Shape of a row of each field, and the grid of patches where all images share it."""
+        fields = {}
+        for prefix, layer in self._sources.items():
+            tokens: Tokens = features if layer is None else features.layers[layer]
+            for part in self._what:
+                name = prefix + part
+                shape = list(getattr(tokens, part).shape[1:])
+                fields[name] = {"shape": shape[-1:] if name in self.ragged else shape}
+                if part == "patches" and not self._ragged:
+                    fields[name]["grid"] = list(tokens.grid)
+        return fields
+
+    def empty(self, features: ImageFeatures) -> dict[str, np.ndarray]:
+        """Arrays without rows, of the shapes and dtypes that shards have."""
+        return {
+            name: array[:0, 0] if name in self.ragged else array[:0]
+            for name, array in self.select(features).items()
+        }
+
+    def _store(self, tensor: Tensor) -> np.ndarray:
+        # A copy: a view of the CLS token would keep the patch tokens in memory.
+        return tensor.to("cpu", self._dtype, copy=True).contiguous().numpy()
+
+
+# --- What a run extracts and how it is cut into shards; kept on disk so that a run can go on ---
+
+
+PLAN_FILE = "plan.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """Shards of one run.
+
+    Attributes:
+        settings: everything that decides the values: model, statistics, options, fields, images.
+        num_images: images of the source.
+        shard_size: images per shard; the last one may have fewer.
+    """
+
+    settings: dict[str, Any]
+    num_images: int
+    shard_size: int
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.shard_size)
+
+    @property
+    def key(self) -> str:
+        """Hash of the settings; shards carry it."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def shard_file(self, shard: int) -> str:
+        """File name of a shard."""
+        return f"features-{shard:05d}-of-{self.num_shards:05d}.safetensors"
+
+    def images_of(self, shard: int) -> range:
+        """Image indices of a shard."""
+        first = shard * self.shard_size
+        return range(first, min(first + self.shard_size, self.num_images))
+
+    def save(self, folder: Path) -> None:
+        """Write the plan into the folder of the shards."""
+        record = {"format_version": FORMAT_VERSION, **vars(self)}
+        with atomic_write(folder / PLAN_FILE) as partial:
+            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "ExtractionPlan | None":
+        """The plan in a folder, None if there is none."""
+        if not (folder / PLAN_FILE).is_file():
+            return None
+        record = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+        return cls(record["settings"], record["num_images"], record["shard_size"])
+
+
+def check_same(found: dict[str, Any], asked: dict[str, Any], out: Path) -> None:
+    """Raise ValueError if settings on disk are not those asked for, naming what differs."""
+    differences = _differences(found, asked)
+    if differences:
+        advice = ""
+        if found.get("dtype") != asked.get("dtype"):  # the same command may choose another one
+            advice = f"; --dtype {found.get('dtype')} computes as there, whatever the device"
+        raise ValueError(
+            f"{out} holds features of another run: {'; '.join(differences)}. Choose another --out, "
+            f"repeat the earlier options, or delete it{advice}"
+        )
+
+
+def hash_paths(paths: Sequence[str]) -> str:
+    """Hash of the names and the order of images."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _differences(found: Any, asked: Any, name: str = "") -> list[str]:
+    if isinstance(found, dict) and isinstance(asked, dict):
+        return [
+            difference
+            for key in {**found, **asked}
+            for difference in _differences(
+                found.get(key), asked.get(key), f"{name}.{key}" if name else key
+            )
+        ]
+    return [] if found == asked else [f"{name} {found} there, {asked} asked for"]
+
+
+# --- What an earlier run has left: which of its rows still belong to their images ---
+
 
 # An output of which so few images are left belongs to another data set.
 _LEAST_SHARED = 0.5

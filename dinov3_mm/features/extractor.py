@@ -4,8 +4,11 @@ import inspect
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,19 +16,172 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov3_mm.checkpoints import Statistics
-from dinov3_mm.checkpoints.statistics import named_statistics
-from dinov3_mm.datasets.sources import read_image
-from dinov3_mm.engine.precision import AUTO, DTYPES, choose_dtype, describe_choice
-from dinov3_mm.evaluation.features import evaluating
+from dinov3_mm.checkpoints import Statistics, build_backbone, read_statistics
+from dinov3_mm.checkpoints.frozen import fingerprint
+from dinov3_mm.checkpoints.locate import named_statistics, released_file
+from dinov3_mm.datasets.images import read_image
+from dinov3_mm.models.backbones.zoo import ZooRow, zoo_row
+from dinov3_mm.models.precision import AUTO, DTYPES, choose_dtype, describe_choice
 
-from .backbone import describe, open_backbone
-from .forwards import ForwardThreads
-from .image_loading import GivenPixels, all_usable, group_by_size, load_batches
-from .layers import Layers, resolve_layers
-from .preparation import NATIVE, ImageLike, ImagePreparation, parse_image_size
-from .tiling import Tiling
-from .tokens import ImageFeatures, Tokens, join_features
+from .frozen import evaluating
+from .preparation import (
+    NATIVE,
+    GivenPixels,
+    ImageLike,
+    ImagePreparation,
+    all_usable,
+    group_by_size,
+    load_batches,
+    parse_image_size,
+)
+from .tokens import ImageFeatures, Layers, Tiling, Tokens, join_features, resolve_layers
+
+# --- The backbone behind an extractor: from a name, a weight file or a module, with its
+# statistics
+
+
+@dataclass(frozen=True)
+class OpenedBackbone:
+    """A backbone and what is known about it.
+
+    Attributes:
+        module: in eval mode unless it was given as a module.
+        statistics: input normalisation, None if nothing states it.
+        origin: where the weights come from, in words.
+    """
+
+    module: nn.Module
+    statistics: Statistics | None
+    origin: str
+
+
+def open_backbone(
+    model: str | os.PathLike | nn.Module,
+    weights: str | os.PathLike | None = None,
+    *,
+    random_init: bool = False,
+) -> OpenedBackbone:
+    """Find or build the backbone.
+
+    Args:
+        model: a name of ``list_backbones()``, a weight file, folder, URL or hub name, or a module.
+        weights: weights for a name; None takes the official file from torch hub's cache.
+        random_init: for a name, leave its weights random (seed 0): a baseline.
+
+    Raises:
+        FileNotFoundError: If there are no such weights.
+        ValueError: If the name is unknown, or the arguments exclude each other.
+    """
+    row = zoo_row(model) if isinstance(model, (str, os.PathLike)) else None
+    if row is None and (weights is not None or random_init):
+        raise ValueError(
+            "weights and random_init belong to the name of an architecture; got "
+            f"{model if not isinstance(model, nn.Module) else 'a module'!r}, which has its weights"
+        )
+    if isinstance(model, nn.Module):
+        return OpenedBackbone(model, None, "a module")
+    if row is None:
+        # The module first: its errors say more about a file that is none.
+        return OpenedBackbone(build_backbone(model), _statistics(model), str(model))
+    of_row = Statistics(row.mean, row.std, row.data or "custom")
+    if random_init:
+        if weights is not None:
+            raise ValueError(f"random_init=True leaves no use for weights={weights!r}")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return OpenedBackbone(build_backbone(model), of_row, f"{model}, random weights")
+    weights = weights or _released(row)
+    module = build_backbone(model, weights)
+    return OpenedBackbone(module, _statistics(weights) or of_row, str(weights))
+
+
+def describe(module: nn.Module, origin: str) -> dict[str, Any]:
+    """Provenance of features as JSON: class, architecture, origin and a hash of the weights."""
+    return {
+        "backbone": type(module).__name__,
+        "arch": getattr(module, "arch_settings", {}),
+        "weights": origin,
+        "fingerprint": fingerprint(module),
+    }
+
+
+def _statistics(weights: str | os.PathLike) -> Statistics | None:
+    try:
+        return read_statistics(weights)
+    except ValueError:  # nothing states them
+        return None
+
+
+def _released(row: ZooRow) -> Path:
+    try:
+        return released_file(row)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(
+            f"{error}. random_init=True gives the features of random weights, a baseline"
+        ) from error
+
+
+# --- Who runs the forward passes: the threads of a CPU side by side, or one device in a row ---
+
+
+class ForwardThreads:
+    """Runs small batches side by side on a CPU, each on one thread.
+
+    Several passes of one thread each get more out of the cores than one pass that shares every
+    operation among them: nothing waits for the slowest thread dozens of times per block. While the
+    context is open torch works with one thread per pass; on exit it has its threads back.
+
+    Args:
+        num_threads: passes at a time; 1 runs them at once in the calling thread.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: list[Future] = []
+
+    def __enter__(self) -> "ForwardThreads":
+        if self.num_threads > 1:
+            torch.set_num_threads(1)
+            self._pool = ThreadPoolExecutor(self.num_threads)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self.num_threads)
+
+    def submit(self, function: Callable, *args: Any) -> Future:
+        """Start a pass; the result is that of the future."""
+        if self._pool is None:
+            return _done(function, args)
+        self._pending = [future for future in self._pending if not future.done()]
+        self._pending.append(self._pool.submit(function, *args))
+        return self._pending[-1]
+
+    def run_alone(self, function: Callable, *args: Any) -> Future:
+        """Run a pass with all threads to itself, after those that are under way."""
+        if self._pool is None:
+            return _done(function, args)
+        for future in self._pending:
+            future.exception()  # waits; the error is raised where the result is used
+        torch.set_num_threads(self.num_threads)
+        try:
+            return _done(function, args)
+        finally:
+            torch.set_num_threads(1)
+
+
+def _done(function: Callable, args: tuple) -> Future:
+    future: Future = Future()
+    future.set_result(function(*args))
+    return future
+
 
 # Tokens of one pass on one CPU thread: enough for efficient matrix products, small enough that its
 # activations stay in the caches and that the threads finish together.
@@ -113,7 +269,7 @@ class FeatureExtractor:
                 raise ValueError(f"{name} is {value}; expected 1 or more")
         opened = open_backbone(model, weights, random_init=random_init)
         backbone = opened.module
-        self.statistics = _statistics(opened.statistics, mean, std)
+        self.statistics = _of_each_channel(opened.statistics, mean, std)
         self.backbone, self.origin = backbone, opened.origin
         self.norm, self.read = norm, read
         self.layers = resolve_layers(layers, backbone.num_layers)
@@ -356,7 +512,7 @@ def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     return images
 
 
-def _statistics(
+def _of_each_channel(
     stated: Statistics | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Statistics:
     if mean is None and std is None:

@@ -18,8 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.suggest import hint
+from dinov3_mm.errors import ConfigError, hint
 
 AUTO = "auto"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

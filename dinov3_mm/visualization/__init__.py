@@ -1,8 +1,14 @@
 """Figures of representations and runs: PCA colours, similarity maps, curves."""
 
 from .curves import plot_curves, points_vs_minutes, read_scalars
-from .pca import PatchPCA, foreground_mask, pca_images, save_pca_grid
-from .similarity import save_similarity_figure, similarity_maps
+from .patches import (
+    PatchPCA,
+    foreground_mask,
+    pca_images,
+    save_pca_grid,
+    save_similarity_figure,
+    similarity_maps,
+)
 
 __all__ = [
     "PatchPCA",

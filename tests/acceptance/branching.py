@@ -21,7 +21,7 @@ import psutil
 import torch
 from mmengine.config import Config
 
-from dinov3_mm.engine.runner.files import checkpoint_path, list_checkpoints
+from dinov3_mm.engine.run_files import checkpoint_path, list_checkpoints
 from tests.acceptance.rank_parity import parity_config
 from tests.integration.toy_run import start_training, write_images
 from tests.integration.traces import different_tensors, read_shards, read_trace

@@ -25,9 +25,9 @@ from yapf.yapflib import yapf_api
 
 from dinov3_mm.checkpoints import export_backbone
 from dinov3_mm.engine import build_runner
+from dinov3_mm.engine.config.host import set_data_root
+from dinov3_mm.engine.downstream import build_tester, test
 from dinov3_mm.engine.hooks import KNNEvalHook
-from dinov3_mm.engine.host_config import set_data_root
-from dinov3_mm.engine.testing import build_tester, test
 from tests.checkpoints.toys import toy_backbone
 from tests.evaluation.toys import MeanColour
 

@@ -22,7 +22,7 @@ from torch import nn
 
 import dinov3_mm
 from dinov3_mm.checkpoints import to_hf, to_timm
-from dinov3_mm.engine.runner.files import latest_export_path
+from dinov3_mm.engine.run_files import latest_export_path
 from dinov3_mm.evaluation.records import read_records
 from dinov3_mm.hosts import require_host
 from tests.golden import assert_parity

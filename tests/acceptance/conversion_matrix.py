@@ -17,9 +17,9 @@ from mmengine.registry import MODELS
 from rich.console import Console
 from rich.table import Table
 
+from dinov3_mm.checkpoints.containers import open_checkpoint
 from dinov3_mm.checkpoints.convert import convert_checkpoint
-from dinov3_mm.checkpoints.opening import open_checkpoint
-from dinov3_mm.checkpoints.periods import PERIODS_KEY
+from dinov3_mm.checkpoints.formats.conversion import PERIODS_KEY
 from dinov3_mm.models.backbones import ZOO
 from tests.checkpoints.toys import redraw
 

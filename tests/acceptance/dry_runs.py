@@ -25,7 +25,7 @@ from dinov3_mm.checkpoints import atomic_write
 from dinov3_mm.engine import ConfigError
 from dinov3_mm.engine.dry_run import DryRunReport, dry_runs
 from dinov3_mm.engine.dry_run.collectives import sent_per_rank
-from dinov3_mm.engine.dry_run.report import as_bytes
+from dinov3_mm.engine.dry_run.run import as_bytes
 from dinov3_mm.engine.plan.run import RESERVE
 
 CONFIGS = Path("configs/dinov3")

@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 import dinov3_mm  # noqa: F401
 from dinov3_mm.engine import build_runner
-from dinov3_mm.engine.host_config import leave_random, set_host_weights
+from dinov3_mm.engine.config.host import leave_random, set_host_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs/quickstart"
 TRAINED, RANDOM = "trained", "random"

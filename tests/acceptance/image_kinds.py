@@ -24,9 +24,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 from PIL import Image, ImageOps, PngImagePlugin
 
-from dinov3_mm.apis.image_loading import ImageFiles
 from dinov3_mm.apis.prediction.inputs import iterate_images
-from dinov3_mm.apis.preparation import load_pixels
 from dinov3_mm.datasets import (
     ClassificationFolder,
     ImageFolder,
@@ -36,6 +34,7 @@ from dinov3_mm.datasets import (
 )
 from dinov3_mm.datasets.image_files import files_by_name, image_extensions
 from dinov3_mm.datasets.images import read_image
+from dinov3_mm.features.preparation import ImageFiles, load_pixels
 from tests.datasets.photos import photo
 
 HEIGHT, WIDTH = 40, 60

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dinov3_mm
-from dinov3_mm.engine.runner.files import checkpoint_path, latest_export_path
-from dinov3_mm.engine.runner.training_state import read_training_state
+from dinov3_mm.engine.run_files import checkpoint_path, latest_export_path
+from dinov3_mm.engine.training_state import read_training_state
 from dinov3_mm.models.pretraining.multi_distillation import PREFIX
 from tests.acceptance.rank_parity import Difference, relative
 from tests.integration.distill_run import distill_config, multi_config, write_teacher

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from dinov3_mm.apis.deployment import ExportMismatchError, export_onnx, export_torch
-from dinov3_mm.apis.deployment.onnx_graph import DEFAULT_OPSET
+from dinov3_mm.apis.deployment.onnx_file import DEFAULT_OPSET
 from dinov3_mm.checkpoints import Statistics, build_backbone
 from dinov3_mm.models.backbones.zoo import ZOO
 from tests.checkpoints.toys import redraw

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dinov3_mm.checkpoints.distributed_folder import open_distributed_folder
-from dinov3_mm.engine.runner.files import checkpoint_path
-from dinov3_mm.engine.runner.training_state import read_training_state
+from dinov3_mm.checkpoints.containers import open_distributed_folder
+from dinov3_mm.engine.run_files import checkpoint_path
+from dinov3_mm.engine.training_state import read_training_state
 from tests.integration.toy_run import start_training, toy_config, train, write_images
 from tests.integration.traces import read_trace
 

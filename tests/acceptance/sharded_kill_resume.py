@@ -22,7 +22,7 @@ import psutil
 import torch
 from mmengine.config import Config
 
-from dinov3_mm.engine.runner.files import checkpoint_path, list_checkpoints
+from dinov3_mm.engine.run_files import checkpoint_path, list_checkpoints
 from tests.acceptance.rank_parity import parity_config, relative
 from tests.integration.toy_run import start_training, write_images
 from tests.integration.traces import read_shards, read_trace

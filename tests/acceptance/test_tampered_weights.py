@@ -10,7 +10,15 @@ from mmengine.registry import MODELS
 from safetensors.torch import save_file
 
 from dinov3_mm.apis.hub import official_model
-from dinov3_mm.checkpoints import build_backbone, load_backbone_weights, released, to_hf, to_timm
+from dinov3_mm.checkpoints import (
+    build_backbone,
+    load_backbone_weights,
+    to_hf,
+    to_timm,
+)
+from dinov3_mm.checkpoints import (
+    locate as released,
+)
 from dinov3_mm.models.backbones import VIT_ARCHITECTURES, ZOO, DINOv3ViT
 from tests.checkpoints.toys import TOY_ARCH, assert_same_tensors, redraw, tensors_of, toy_backbone
 from tools.convert_checkpoint import main as convert

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import dinov3_mm
 from dinov3_mm.datasets import SyntheticScenes
-from dinov3_mm.engine.runner.files import latest_export_path
+from dinov3_mm.engine.run_files import latest_export_path
 from dinov3_mm.evaluation import ImageSet, dense_linear_probe, extract_features
 from dinov3_mm.evaluation.dense_probe import stack_masks
 from tests.integration.toy_run import REPOSITORY, start_training

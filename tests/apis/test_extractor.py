@@ -6,9 +6,9 @@ from PIL import Image
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from dinov3_mm.apis import FeatureExtractor
-from dinov3_mm.apis.layers import four_even_blocks
 from dinov3_mm.checkpoints import export_backbone, to_hf
 from dinov3_mm.datasets import BrokenImageError
+from dinov3_mm.features.tokens import four_even_blocks
 from dinov3_mm.models.backbones import DINOv3ConvNeXt
 from tests.apis.toys import (
     STATISTICS,

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 import hubconf
-from dinov3_mm.checkpoints import build_backbone, released, to_timm
+from dinov3_mm.checkpoints import build_backbone, to_timm
+from dinov3_mm.checkpoints import locate as released
 from dinov3_mm.models.backbones import VIT_ARCHITECTURES, ZOO
 from tests.checkpoints.toys import assert_same_tensors, tensors_of, toy_backbone, toy_images
 

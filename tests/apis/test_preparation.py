@@ -7,14 +7,14 @@ from PIL import Image
 from transformers import DINOv3ViTImageProcessor
 
 from dinov3_mm import make_transform
-from dinov3_mm.apis.preparation import (
+from dinov3_mm.checkpoints import Statistics
+from dinov3_mm.features.preparation import (
     ImagePreparation,
     UnsuitableImageError,
     from_array,
     load_pixels,
     parse_image_size,
 )
-from dinov3_mm.checkpoints import Statistics
 from tests.apis.toys import toy_pictures
 
 

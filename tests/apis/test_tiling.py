@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinov3_mm.apis.tiling import Tiling
+from dinov3_mm.features.tokens import Tiling
 from tests.apis.toys import MeanPatches, toy_extractor, toy_pictures
 
 

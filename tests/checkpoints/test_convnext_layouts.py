@@ -15,7 +15,7 @@ from dinov3_mm.checkpoints import (
     to_hf,
     to_timm,
 )
-from dinov3_mm.checkpoints.convnext_architecture import infer_convnext_arch
+from dinov3_mm.checkpoints.formats.architecture import infer_convnext_arch
 from dinov3_mm.models.backbones import CONVNEXT_ARCHITECTURES, ZOO, DINOv3ConvNeXt
 from tests.checkpoints.toys import assert_same_tensors, redraw, tensors_of, toy_backbone
 

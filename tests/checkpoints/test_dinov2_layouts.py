@@ -13,9 +13,9 @@ from dinov3_mm.checkpoints import (
     load_weights,
     read_statistics,
 )
-from dinov3_mm.checkpoints.dinov2_architecture import infer_dinov2_arch
-from dinov3_mm.checkpoints.hf_dinov2 import dinov2_to_hf, hf_dinov2_config
-from dinov3_mm.checkpoints.timm_dinov2 import dinov2_to_timm
+from dinov3_mm.checkpoints.formats.architecture import infer_dinov2_arch
+from dinov3_mm.checkpoints.formats.hugging_face import dinov2_to_hf, hf_dinov2_config
+from dinov3_mm.checkpoints.formats.timm import dinov2_to_timm
 from dinov3_mm.models.backbones import DINOV2_ARCHITECTURES, DINOv2ViT, DINOv3ViT
 from tests.checkpoints.toys import assert_same_tensors, redraw, tensors_of, toy_backbone
 from tests.dinov2_toys import IMAGE_SIZES, REGISTERS, all_tokens, noise, toy_dinov2, toy_of_released

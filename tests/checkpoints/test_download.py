@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from dinov3_mm.checkpoints import build_backbone, read_statistics
-from dinov3_mm.checkpoints.download import cache_path, local_path
+from dinov3_mm.checkpoints.locate import cache_path, local_path
 from tests.checkpoints.test_opening import RunsCode
 from tests.checkpoints.toys import assert_same_tensors, tensors_of, toy_backbone
 

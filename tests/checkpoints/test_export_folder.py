@@ -22,8 +22,8 @@ from dinov3_mm.checkpoints import (
     read_metadata,
     read_statistics,
 )
-from dinov3_mm.checkpoints.export_folder import split_by_size, write_folder
-from dinov3_mm.checkpoints.opening import open_checkpoint
+from dinov3_mm.checkpoints.containers import open_checkpoint
+from dinov3_mm.checkpoints.export import split_by_size, write_folder
 from tests.checkpoints.toys import assert_same_tensors, redraw, tensors_of, toy_backbone
 
 WORLD = 2
@@ -155,7 +155,7 @@ def test_a_failed_export_keeps_the_old_folder(tmp_path, monkeypatch):
         partial.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("dinov3_mm.checkpoints.export_folder.save_file", full_disk)
+    monkeypatch.setattr("dinov3_mm.checkpoints.export.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         export("vit", tmp_path)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before

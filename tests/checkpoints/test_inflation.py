@@ -13,7 +13,7 @@ from dinov3_mm.checkpoints import (
     read_statistics,
     to_hf,
 )
-from dinov3_mm.checkpoints.inflation import RULES, inflate_kernels
+from dinov3_mm.checkpoints.install import RULES, inflate_kernels
 from dinov3_mm.models.backbones import DINOv2ViT, DINOv3ConvNeXt
 from tests.checkpoints.toys import assert_same_tensors, redraw, tensors_of, toy_backbone
 from tests.golden import assert_parity

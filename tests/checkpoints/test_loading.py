@@ -22,7 +22,7 @@ def loads(monkeypatch):
     """Lines that were logged."""
     lines = []
     monkeypatch.setattr(
-        "dinov3_mm.checkpoints.installing.print_log", lambda line, logger: lines.append(line)
+        "dinov3_mm.checkpoints.install.print_log", lambda line, logger: lines.append(line)
     )
     return lines
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_mm.checkpoints import build_backbone, export_backbone
-from dinov3_mm.checkpoints.lora import merged_state_dict, unwrap_lora
+from dinov3_mm.checkpoints.export import merged_state_dict, unwrap_lora
 from tests.checkpoints.toys import (
     assert_same_tensors,
     redraw,

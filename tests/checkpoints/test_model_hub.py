@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from dinov3_mm.checkpoints import build_backbone, load_weights, read_statistics, to_hf
-from dinov3_mm.checkpoints.download import local_path
-from dinov3_mm.checkpoints.model_hub import parse_hub_name
+from dinov3_mm.checkpoints.locate import local_path, parse_hub_name
 from tests.checkpoints.toys import assert_same_tensors, tensors_of, toy_backbone
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinov3_mm.checkpoints.opening import open_checkpoint
+from dinov3_mm.checkpoints.containers import open_checkpoint
 from tests.checkpoints.toys import assert_same_tensors, tensors_of, toy_backbone
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinov3_mm.checkpoints.selecting import select_backbone
+from dinov3_mm.checkpoints.load import select_backbone
 
 BACKBONE = ("cls_token", "rope_embed.periods", "blocks.0.norm1.weight")
 

@@ -17,12 +17,13 @@ from dinov3_mm.checkpoints import (
     export_backbone,
     load_backbone_weights,
     load_weights,
-    loading,
     to_hf,
 )
-from dinov3_mm.checkpoints.sharding import gather_whole, shard_state
-from dinov3_mm.checkpoints.source import StoredTensor
-from dinov3_mm.checkpoints.unread import UnreadTensor, reading_for_shards
+from dinov3_mm.checkpoints import (
+    load as loading,
+)
+from dinov3_mm.checkpoints.containers import StoredTensor
+from dinov3_mm.checkpoints.load import UnreadTensor, gather_whole, reading_for_shards, shard_state
 from tests.checkpoints.toys import redraw, toy_backbone
 
 WORLD = 2

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov3_mm.checkpoints.vit_architecture import infer_vit_arch
+from dinov3_mm.checkpoints.formats.architecture import infer_vit_arch
 from dinov3_mm.models.backbones import VIT_ARCHITECTURES, ZOO, DINOv3ViT
 from tests.checkpoints.toys import toy_backbone
 

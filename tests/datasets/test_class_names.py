@@ -7,7 +7,7 @@ from PIL import Image
 
 from dinov3_mm.datasets import ClassificationFolder
 from dinov3_mm.datasets.class_names import ClassNameError, follow_classes, map_classes
-from dinov3_mm.datasets.loading import LoadLabelMap
+from dinov3_mm.datasets.transforms.host_steps import LoadLabelMap
 from tests.acceptance.class_names import AS_THEY_ARE, paint
 
 STORED = ("sky", "road", "tree")
@@ -116,7 +116,7 @@ def test_folders_are_renamed_in_their_order_where_no_name_agrees(tmp_path):
 def test_folders_inside_class_folders_are_said(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(
-        "dinov3_mm.datasets.classification.print_log", lambda line, **_: said.append(line)
+        "dinov3_mm.datasets.labelled.print_log", lambda line, **_: said.append(line)
     )
     for name in ("pets", "plants"):
         paint(tmp_path / name, {"images": "ant"})

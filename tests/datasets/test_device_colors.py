@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from dinov3_mm.datasets import MultiCrop, MultiResolutionCrop, sample_generator
-from dinov3_mm.datasets.collate import MultiCropCollate
+from dinov3_mm.datasets.collate import MultiCropCollate, stack_colors
 from dinov3_mm.datasets.transforms import pixel_ops
-from dinov3_mm.datasets.transforms.colors import stack_colors
-from dinov3_mm.datasets.transforms.params import Distortion
-from dinov3_mm.engine.runner.training_state import read_training_state, write_training_state
+from dinov3_mm.datasets.transforms.pixel_ops import Distortion
+from dinov3_mm.engine.training_state import read_training_state, write_training_state
 from dinov3_mm.models.pretraining import MultiCropPreprocessor
-from dinov3_mm.models.pretraining.device_colors import apply_colors
+from dinov3_mm.models.pretraining.colors import apply_colors
 from tests.datasets.photos import photo
 
 SIZES = {"global_size": 64, "local_size": 32, "num_local": 4}

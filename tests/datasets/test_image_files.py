@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3_mm.apis.deployment.check_images import find_images
+from dinov3_mm.apis.deployment.check import find_images
 from dinov3_mm.apis.prediction.inputs import iterate_images
 from dinov3_mm.datasets import ClassificationFolder, ImageFolder, ImageList
 from dinov3_mm.datasets.depth import DepthFolderDataset

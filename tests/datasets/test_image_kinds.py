@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3_mm.apis.preparation import load_pixels
 from dinov3_mm.datasets import BrokenImageError, ImageFolder
 from dinov3_mm.datasets.images import decode_image, pil_pixels, read_image
 from dinov3_mm.datasets.multiband import decode_unchanged
+from dinov3_mm.features.preparation import load_pixels
 from tests.acceptance import image_kinds
 from tests.datasets.photos import photo
 

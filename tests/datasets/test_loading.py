@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from dinov3_mm.datasets import BrokenImageError, LoadLabelMap, LoadMissingImage
 from dinov3_mm.datasets.depth import LoadDepthMap
-from dinov3_mm.datasets.loading import UnreadableFiles, as_colors
+from dinov3_mm.datasets.transforms.host_steps import UnreadableFiles, as_colors
 from tests.acceptance.image_kinds import encoded, exif
 from tests.datasets.photos import photo
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dinov3_mm.datasets.masking import (
+from dinov3_mm.datasets.collate import (
     MaskPlanner,
     block_mask,
     mask_counts,

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from dinov3_mm.datasets import MultiCrop, sample_generator
 from dinov3_mm.datasets.transforms import pixel_ops
-from dinov3_mm.datasets.transforms.params import Box, Uniforms, draw_resized_crop
+from dinov3_mm.datasets.transforms.pixel_ops import Box, Uniforms, draw_resized_crop
 from tests.datasets.photos import photo
 from tests.golden import load_golden
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinov3_mm.datasets.transforms import DINOv3PhotoMetricDistortion, photometric
+from dinov3_mm.datasets.transforms import DINOv3PhotoMetricDistortion
+from dinov3_mm.datasets.transforms import host_steps as photometric
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (6, 7, 3), dtype=np.uint8)

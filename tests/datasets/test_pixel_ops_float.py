@@ -7,7 +7,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from dinov3_mm.datasets.transforms import pixel_ops
-from dinov3_mm.datasets.transforms.params import Box, Distortion
+from dinov3_mm.datasets.transforms.pixel_ops import Box, Distortion
 from tests.datasets.photos import photo
 
 IMAGE = photo().astype(np.float32)

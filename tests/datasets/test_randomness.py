@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dinov3_mm.datasets.randomness import Permutation, sample_generator, torch_seed
+from dinov3_mm.datasets.order import Permutation, sample_generator, torch_seed
 
 
 def test_generator_depends_on_every_argument_and_on_nothing_else():
@@ -22,7 +22,7 @@ def test_generator_depends_on_every_argument_and_on_nothing_else():
 
 def test_generator_is_the_same_in_another_process():
     code = (
-        "from dinov3_mm.datasets.randomness import sample_generator, torch_seed, Permutation;"
+        "from dinov3_mm.datasets.order import sample_generator, torch_seed, Permutation;"
         "print(sample_generator(3, 'mask', 5, 6).integers(0, 1 << 62, 3).tolist(),"
         "torch_seed(3, 4, 5), Permutation(1000, 3, 2)(17))"
     )

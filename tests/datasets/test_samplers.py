@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 
-from dinov3_mm.datasets.samplers import PositionBatchSampler
+from dinov3_mm.datasets.order import PositionBatchSampler
 
 
 def positions(rank=0, world=1, accumulate=1, start=0, size=24, iters=3):

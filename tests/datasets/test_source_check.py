@@ -5,7 +5,7 @@ import pytest
 import tifffile
 
 from dinov3_mm.datasets import ImageFolder, MultiCrop, MultiCropDataset, SyntheticScenes
-from dinov3_mm.datasets.source_check import check_source
+from dinov3_mm.datasets.loader import check_source
 from tests.datasets.test_multiband import INTERLEAVED, bands, tiff, write
 
 

@@ -18,7 +18,7 @@ from dinov3_mm.datasets import (
     MMDatasetSource,
 )
 from dinov3_mm.datasets.sources import read_image
-from dinov3_mm.datasets.sources.base import PathIndex
+from dinov3_mm.datasets.sources.files import PathIndex
 from tests.datasets.photos import photo
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dinov3_mm.datasets.collate import MultiCropCollate
-from dinov3_mm.datasets.samplers import BatchLayout, PositionBatchSampler
+from dinov3_mm.datasets.order import BatchLayout, PositionBatchSampler
 
 
 def samples(positions):

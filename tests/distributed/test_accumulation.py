@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dinov3_mm.engine.fsdp2.accumulation import GradientReduction
+from dinov3_mm.engine.strategies.fsdp2 import GradientReduction
 from tests.engine.optim.models import ToyModel
 from tests.engine.optim.test_constructor import build
 

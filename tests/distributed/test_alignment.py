@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dinov3_mm.engine.fsdp2.alignment import check_alignment
+from dinov3_mm.engine.strategies.fsdp2 import check_alignment
 
 
 class Algorithm(nn.Module):

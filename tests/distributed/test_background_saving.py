@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dinov3_mm.engine.runner.files import checkpoint_path, list_checkpoints
-from dinov3_mm.engine.runner.sharded_state import (
+from dinov3_mm.engine.run_files import checkpoint_path, list_checkpoints
+from dinov3_mm.engine.training_state import (
     finish,
     load_sharded_state,
     new_background_group,

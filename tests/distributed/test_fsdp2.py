@@ -15,14 +15,16 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from dinov3_mm.checkpoints import build_backbone, export_backbone, load_backbone_weights
-from dinov3_mm.checkpoints.sharding import gather_whole, shard_like
-from dinov3_mm.engine.fsdp2.initialisation import (
+from dinov3_mm.checkpoints.load import gather_whole, shard_like
+from dinov3_mm.engine.strategies.ddp import compile_units
+from dinov3_mm.engine.strategies.fsdp2 import (
+    ShardingPolicy,
     WholeTensorDraws,
     check_initialised,
     materialise,
+    shard_model,
+    sharded_modules,
 )
-from dinov3_mm.engine.fsdp2.sharding import ShardingPolicy, shard_model, sharded_modules
-from dinov3_mm.engine.networks import compile_units
 from tests.checkpoints.toys import redraw
 
 WORLD = 2

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from dinov3_mm.datasets.label_audit import Report
 from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.hooks.label_check import MapCheckHook
+from dinov3_mm.engine.hooks.data_checks import MapCheckHook
 
 WORLD = 2
 

@@ -12,12 +12,16 @@ from mmengine.config import Config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from dinov3_mm.checkpoints.sharding import gather_whole
-from dinov3_mm.engine.fsdp2.initialisation import materialise
-from dinov3_mm.engine.fsdp2.sharding import ShardingPolicy, shard_model, sharded_modules
+from dinov3_mm.checkpoints.load import gather_whole
 from dinov3_mm.engine.hooks import DistillationHook
-from dinov3_mm.engine.networks import compile_units, networks_of
-from dinov3_mm.engine.runner.launch import end_processes
+from dinov3_mm.engine.launch import end_processes
+from dinov3_mm.engine.strategies.ddp import compile_units, networks_of
+from dinov3_mm.engine.strategies.fsdp2 import (
+    ShardingPolicy,
+    materialise,
+    shard_model,
+    sharded_modules,
+)
 from dinov3_mm.models.pretraining import DINOv3
 from tests.acceptance.rank_parity import compare
 from tests.checkpoints.test_unread import Counter

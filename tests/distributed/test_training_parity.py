@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from dinov3_mm.engine.runner.files import checkpoint_path
+from dinov3_mm.engine.run_files import checkpoint_path
 from tests.acceptance.rank_parity import compare, train_alone, train_ranks
 from tests.integration.toy_run import write_images
 

@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from dinov3_mm.engine.runner.files import list_checkpoints
+from dinov3_mm.engine.run_files import list_checkpoints
 from tests.acceptance.rank_parity import parity_config
 from tests.integration.toy_run import start_training, write_images
 from tests.integration.traces import read_trace

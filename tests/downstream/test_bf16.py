@@ -22,8 +22,8 @@ require_hosts()
 
 import mmcv.ops  # noqa: E402, F401
 
-from dinov3_mm.engine.precision import autocast_parts, use_compute_dtype  # noqa: E402
-from dinov3_mm.models.adapters.vit_adapter import deformable_attention  # noqa: E402
+from dinov3_mm.models.adapters import vit_adapter as deformable_attention  # noqa: E402
+from dinov3_mm.models.precision import autocast_parts, use_compute_dtype  # noqa: E402
 
 LINEAR, BODY = ["backbone"], ["backbone", "decode_head"]
 ROI = ["backbone", "neck", "rpn_head", "roi_head.bbox_head"]

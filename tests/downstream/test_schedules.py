@@ -6,7 +6,7 @@ import re
 import pytest
 from mmengine.config import Config
 
-from dinov3_mm.engine.hooks.schedule_check import compare_lengths
+from dinov3_mm.engine.hooks.data_checks import compare_lengths
 from tests.downstream.schedules import (
     EPOCH,
     build_schedulers,

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from dinov3_mm.engine import run_files as branches
 from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.hooks import PretrainCheckpointHook
-from dinov3_mm.engine.runner import branches
-from dinov3_mm.engine.runner.branches import begin_branch, resume_point
-from dinov3_mm.engine.runner.files import (
+from dinov3_mm.engine.run_files import (
+    begin_branch,
     checkpoint_path,
     export_path,
     find_latest_checkpoint,
@@ -20,6 +20,7 @@ from dinov3_mm.engine.runner.files import (
     list_exports,
     point_latest_to,
     read_branch,
+    resume_point,
 )
 
 STEPS = (10, 20, 30, 40)

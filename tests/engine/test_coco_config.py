@@ -16,8 +16,8 @@ from mmdet.evaluation import CocoMetric  # noqa: E402
 
 from dinov3_mm.datasets.named_coco import NamedCocoDataset, NamedCocoMetric  # noqa: E402
 from dinov3_mm.engine import ConfigError, read_config  # noqa: E402
-from dinov3_mm.engine.coco_config import colours, settle_objects  # noqa: E402
-from dinov3_mm.engine.host_config import set_data_root  # noqa: E402
+from dinov3_mm.engine.config.coco import colours, settle_objects  # noqa: E402
+from dinov3_mm.engine.config.host import set_data_root  # noqa: E402
 from tests.downstream.steps import CONFIGS  # noqa: E402
 
 FRUIT = {7: "apple", 300: "pear", 12: "plum"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from dinov3_mm.engine.networks import compile_obstacle, decide_compile
+from dinov3_mm.engine.strategies.ddp import compile_obstacle, decide_compile
 from dinov3_mm.models.backbones import DINOv3ViT
 from tests.integration.toy_run import toy_config, train, write_images
 
@@ -14,7 +14,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with triton, compilers and a GPU, from which a test takes something away."""
-    monkeypatch.setattr("dinov3_mm.engine.networks.has_triton_package", lambda: True)
+    monkeypatch.setattr("dinov3_mm.engine.strategies.ddp.has_triton_package", lambda: True)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -44,7 +44,7 @@ def test_auto_compiles_on_a_gpu_only(machine):
 )
 def test_what_is_missing_is_named(machine, missing, words):
     if missing == "triton":
-        machine.setattr("dinov3_mm.engine.networks.has_triton_package", lambda: False)
+        machine.setattr("dinov3_mm.engine.strategies.ddp.has_triton_package", lambda: False)
     elif missing == "capability":
         machine.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     else:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from dinov3_mm.engine.networks import compile_units
+from dinov3_mm.engine.strategies.ddp import compile_units
 from dinov3_mm.models.layers import LayerNorm
 
 blocks = nn.Sequential(LayerNorm(100))

@@ -9,8 +9,7 @@ from torch import nn
 
 import dinov3_mm  # noqa: F401
 from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
-from dinov3_mm.engine.config.signature import accepted_keywords
-from dinov3_mm.suggest import hint, nearest
+from dinov3_mm.errors import accepted_keywords, hint, nearest
 
 
 class Base(nn.Module):

@@ -6,10 +6,15 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from dinov3_mm.engine.cuda_graphs import COMPILE_OPTIONS, check_device, check_settings, mark_steps
-from dinov3_mm.engine.fsdp2 import FSDP2Strategy
-from dinov3_mm.engine.networks import compile_units
-from dinov3_mm.engine.strategy import PretrainStrategy
+from dinov3_mm.engine.strategies.ddp import (
+    COMPILE_OPTIONS,
+    PretrainStrategy,
+    check_device,
+    check_settings,
+    compile_units,
+    mark_steps,
+)
+from dinov3_mm.engine.strategies.fsdp2 import FSDP2Strategy
 from tests.integration.toy_run import toy_config, train, write_images
 
 
@@ -107,7 +112,7 @@ def test_a_run_on_a_cpu_is_refused(tmp_path, monkeypatch):
 
 def test_the_loop_refuses_before_the_first_step(tmp_path, monkeypatch):
     # As if this were a GPU: the device is not what is wrong.
-    monkeypatch.setattr("dinov3_mm.engine.strategy.check_device", lambda device: None)
+    monkeypatch.setattr("dinov3_mm.engine.strategies.ddp.check_device", lambda device: None)
     cfg = toy_config(write_images(tmp_path / "images"), tmp_path / "run")
     cfg.strategy = dict(type="PretrainStrategy", cuda_graphs=True)
     with pytest.raises(ValueError, match="does not go with compile_blocks=False"):

@@ -7,7 +7,7 @@ from mmengine.config import Config
 
 from dinov3_mm.checkpoints import export_backbone
 from dinov3_mm.engine import ConfigError
-from dinov3_mm.engine.host_config import (
+from dinov3_mm.engine.config.host import (
     set_data_root,
     set_head,
     set_host_weights,

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dinov3_mm.engine.runner import launch
-from dinov3_mm.engine.runner.launch import (
+from dinov3_mm.engine import launch
+from dinov3_mm.engine.launch import (
     Placement,
     device_index,
     end_processes,
@@ -26,7 +26,7 @@ from dinov3_mm.engine.runner.launch import (
     slurm_port,
     start_processes,
 )
-from dinov3_mm.engine.strategy import training_device
+from dinov3_mm.engine.strategies.ddp import training_device
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

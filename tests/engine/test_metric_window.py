@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dinov3_mm.engine.hooks.metric_window import MetricWindow
+from dinov3_mm.engine.hooks.progress import MetricWindow
 
 
 def test_mean_over_the_steps_that_have_the_metric():

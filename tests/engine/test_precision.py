@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dinov3_mm.engine import ConfigError
-from dinov3_mm.engine.precision import (
+from dinov3_mm.models.precision import (
     asked_dtype,
     autocast_module,
     autocast_parts,

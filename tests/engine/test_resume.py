@@ -20,9 +20,8 @@ from dinov3_mm.engine.resume import (
     saved_checkpoints,
     set_resume,
 )
-from dinov3_mm.engine.runner.files import checkpoint_path
-from dinov3_mm.engine.runner.sharded_state import save_sharded_state
-from dinov3_mm.engine.runner.training_state import write_training_state
+from dinov3_mm.engine.run_files import checkpoint_path
+from dinov3_mm.engine.training_state import save_sharded_state, write_training_state
 from tests.checkpoints.toys import toy_backbone
 from tests.integration.toy_run import write_images
 

@@ -4,7 +4,7 @@ import multiprocessing
 
 import pytest
 
-from dinov3_mm.engine.runner.files import (
+from dinov3_mm.engine.run_files import (
     checkpoint_path,
     export_path,
     find_latest_checkpoint,
@@ -12,8 +12,8 @@ from dinov3_mm.engine.runner.files import (
     list_exports,
     occupied,
     remove_partial_files,
+    surplus,
 )
-from dinov3_mm.engine.runner.retention import surplus
 
 
 def touch(path):

@@ -9,13 +9,9 @@ from mmengine.config import Config
 from safetensors.torch import load_file
 
 from dinov3_mm.engine import ConfigError, build_runner, resume_stage, start_from_stage
-from dinov3_mm.engine.runner.files import (
-    checkpoint_path,
-    export_path,
-    list_checkpoints,
-)
-from dinov3_mm.engine.runner.training_state import read_training_state
-from dinov3_mm.engine.stages import stored_shapes
+from dinov3_mm.engine.config.from_stage import stored_shapes
+from dinov3_mm.engine.run_files import checkpoint_path, export_path, list_checkpoints
+from dinov3_mm.engine.training_state import read_training_state
 from tests.integration.toy_run import toy_config, train, write_images
 from tests.integration.traces import read_trace
 from tools.train import main

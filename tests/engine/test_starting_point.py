@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import Config
 
 from dinov3_mm.engine import ConfigError, build_runner, set_data, set_weights
-from dinov3_mm.engine.starting_point import settle_data, settle_weights
+from dinov3_mm.engine.config.read import settle_data, settle_weights
 from tests.integration.continue_run import random_released_like
 from tests.integration.toy_run import REPOSITORY
 

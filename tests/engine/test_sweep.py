@@ -4,8 +4,8 @@ import pytest
 from mmengine.config import Config
 
 from dinov3_mm.engine import ConfigError
+from dinov3_mm.engine.downstream import combinations, parse_grid, sweep
 from dinov3_mm.engine.feature_cache import use_feature_cache
-from dinov3_mm.engine.sweep import combinations, parse_grid, sweep
 from tests.engine.feature_cache.test_feature_cache import config, weights  # noqa: F401
 from tests.hosts.lane import require_hosts
 
@@ -37,7 +37,7 @@ def test_trials_differ_and_are_not_repeated(weights, tmp_path, monkeypatch):  # 
     for number, rate in enumerate(grid[LR]):
         (dumped,) = (tmp_path / f"trials/trial-{number:03d}").glob("*.py")
         assert Config.fromfile(dumped).optim_wrapper.optimizer.lr == rate
-    monkeypatch.setattr("dinov3_mm.engine.sweep.build_runner", None)  # would raise if called
+    monkeypatch.setattr("dinov3_mm.engine.downstream.build_runner", None)  # would raise if called
     assert list(sweep(cfg, grid, tmp_path / "trials")) == trials
     with pytest.raises(ConfigError, match="holds another trial"):
         list(sweep(cfg, {LR: [5e-4]}, tmp_path / "trials"))

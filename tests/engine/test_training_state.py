@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dinov3_mm.checkpoints.run_checkpoint import read_run_checkpoint
-from dinov3_mm.engine.runner.training_state import (
+from dinov3_mm.engine.training_state import (
     load_model_state,
     read_training_state,
     write_training_state,

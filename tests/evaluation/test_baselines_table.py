@@ -8,14 +8,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from dinov3_mm.datasets.evaluation_images import ImageSet
 from dinov3_mm.evaluation import table as tables
-from dinov3_mm.evaluation.baselines import (
+from dinov3_mm.evaluation.table import (
     colour_histogram,
     random_init_backbone,
     raw_patches,
     raw_pixels,
 )
-from dinov3_mm.evaluation.images import ImageSet
 from dinov3_mm.models.backbones import DINOv3ViT
 from tests.evaluation.toys import ColourSquares
 

@@ -4,8 +4,8 @@ import pytest
 
 from dinov3_mm.datasets import ImageFolder, ImageList
 from dinov3_mm.datasets.class_names import ClassNameError
+from dinov3_mm.datasets.evaluation_images import check_semantic_classes, paired_labels
 from dinov3_mm.datasets.sources import ReadableSubset
-from dinov3_mm.evaluation.images import check_semantic_classes, paired_labels
 from tests.acceptance import class_names
 from tests.evaluation.toys import ColourSquares
 
@@ -44,7 +44,7 @@ def test_one_folder_too_high_is_refused(tmp_path):
 def test_samples_keep_the_names_and_say_which_classes_they_lost(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(
-        "dinov3_mm.evaluation.images.print_log", lambda line, **_: said.append(line)
+        "dinov3_mm.datasets.evaluation_images.print_log", lambda line, **_: said.append(line)
     )
     class_names.paint(tmp_path / "train", class_names.AS_THEY_ARE)
     class_names.paint(tmp_path / "test", class_names.WITHOUT_FIRST)

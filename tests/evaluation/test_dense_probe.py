@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
+from dinov3_mm.datasets.evaluation_images import ImageSet
 from dinov3_mm.evaluation.dense_probe import (
     dense_linear_probe,
     fit_patch_classifier,
     stack_masks,
 )
-from dinov3_mm.evaluation.images import ImageSet
 from tests.evaluation.toys import ColourSquares, UnlabelledSquares
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dinov3_mm.evaluation.canopy_metric import DINOv3CanopyMetric
-from dinov3_mm.evaluation.depth_metric import DINOv3DepthMetric
-from dinov3_mm.evaluation.depth_scores import (
+from dinov3_mm.evaluation.depth_metric import (
     SCORES,
+    DINOv3CanopyMetric,
+    DINOv3DepthMetric,
     eigen_crop,
     garg_crop,
     scale_and_shift,

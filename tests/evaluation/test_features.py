@@ -7,15 +7,14 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from dinov3_mm.evaluation.features import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
+from dinov3_mm.datasets.evaluation_images import ImageSet
+from dinov3_mm.features.frozen import (
     evaluating,
     extract_features,
     preserved_random_state,
+    shard_indices,
 )
-from dinov3_mm.evaluation.images import ImageSet
-from dinov3_mm.evaluation.ranks import shard_indices
+from dinov3_mm.models.backbones.zoo import IMAGENET_MEAN, IMAGENET_STD
 from tests.evaluation.toys import ColourSquares, MeanColour
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinov3_mm.engine.runner.training_state import read_training_state
+from dinov3_mm.engine.training_state import read_training_state
 from dinov3_mm.evaluation.records import read_records
 from tests.integration.toy_run import toy_config, train, write_images
 

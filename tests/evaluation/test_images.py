@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3_mm.evaluation.images import ImageSet, class_labels, patch_labels, to_chw
+from dinov3_mm.datasets.evaluation_images import ImageSet, class_labels, patch_labels, to_chw
 from tests.evaluation.toys import ColourSquares, UnlabelledSquares
 
 

@@ -7,13 +7,11 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+from dinov3_mm.datasets.evaluation_images import ImageSet
 from dinov3_mm.engine.hooks.evaluation import DenseProbeHook, KNNEvalHook, RetrievalEvalHook
-from dinov3_mm.evaluation.dense_probe import PatchClassifier, _confusions
-from dinov3_mm.evaluation.features import extract_features
-from dinov3_mm.evaluation.images import ImageSet
+from dinov3_mm.evaluation.dense_probe import PatchClassifier, RidgeStatistics, _confusions
 from dinov3_mm.evaluation.knn import knn_hits, nearest_neighbours
-from dinov3_mm.evaluation.ranks import OtherRankError, share_of, together
-from dinov3_mm.evaluation.ridge import RidgeStatistics
+from dinov3_mm.features.frozen import OtherRankError, extract_features, share_of, together
 from tests.evaluation.toys import ColourSquares, MeanColour
 
 STATISTICS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}

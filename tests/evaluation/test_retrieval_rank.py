@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinov3_mm.evaluation.rank import effective_rank
 from dinov3_mm.evaluation.retrieval import RandomViews, two_crop_retrieval
+from dinov3_mm.models.pretraining.diagnostics import effective_rank
 from tests.evaluation.toys import UnlabelledSquares
 
 

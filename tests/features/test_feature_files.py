@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dinov3_mm.features.load import RaggedRows, ShardedRows
-from dinov3_mm.features.merge import check_format, merge_shards
-from dinov3_mm.features.shards import (
+from dinov3_mm.features.store import (
+    RaggedRows,
     ShardBuffer,
+    ShardedRows,
+    check_format,
     create_tensors,
     map_tensors,
+    merge_shards,
     read_metadata,
     write_shard,
 )

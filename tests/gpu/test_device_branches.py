@@ -27,67 +27,61 @@ PRECISION = "tests/engine/test_precision.py::test_the_device_decides_unless_aske
 
 # File of the package and function: the test, or the item, that executes its GPU side.
 BRANCHES = {
-    "apis/deployment/plan.py::_check_backbone": (
+    "apis/deployment/request.py::_check_backbone": (
         f"{SECOND}::test_only_backbones_on_the_cpu_are_exported"
     ),
     # Threads that forward, to which no fake mode reaches; pinned memory.
-    "apis/extraction_run.py::ExtractionRun.extract": f"{GPU_CHECK}extraction",
-    "apis/extractor.py::FeatureExtractor._place": f"{GPU_CHECK}extraction",
-    "apis/extractor.py::FeatureExtractor.run": f"{GPU_CHECK}extraction",
+    "features/extraction.py::ExtractionRun.extract": f"{GPU_CHECK}extraction",
+    "features/extractor.py::FeatureExtractor._place": f"{GPU_CHECK}extraction",
+    "features/extractor.py::FeatureExtractor.run": f"{GPU_CHECK}extraction",
     "apis/prediction/model.py::load_model": f"{GPU_CHECK}extraction",
-    "engine/feature_cache/frozen.py::build_cached_model": f"{GPU_CHECK}extraction",
+    "engine/feature_cache/views.py::build_cached_model": f"{GPU_CHECK}extraction",
     "datasets/loader.py::build_pretrain_dataloader": f"{GPU_CHECK}recipe-step",
-    "engine/autoscale/resolve.py::gpu_gib": f"{SECOND}::test_memory_is_that_of_the_gpu",
+    "engine/config/auto.py::gpu_gib": f"{SECOND}::test_memory_is_that_of_the_gpu",
     "engine/capture.py::random_state": f"{SECOND}::test_the_generator_of_the_gpu_is_captured",
     "engine/capture.py::replay_capture": f"{GPU_CHECK}fsdp2-resume",
     "engine/console.py::_device": f"{SECOND}::test_the_first_screen_names_the_gpu",
-    "engine/cuda_graphs.py::check_device": (
+    "engine/strategies/ddp.py::check_device": (
         "tests/engine/test_cuda_graphs.py::test_a_cpu_is_refused_before_anything_is_built"
     ),
     "engine/dry_run/memory.py::MemoryLedger._counts": (
         f"{DRY_RUN}/test_run.py::test_memory_by_kind_adds_up"
     ),
-    "engine/fsdp2/strategy.py::FSDP2Strategy._mesh": FIRST_STEP,
-    "engine/fsdp2/strategy.py::_words": FIRST_STEP,
-    "engine/hooks/console.py::memory_text": f"{SECOND}::test_memory_is_that_of_the_gpu",
+    "engine/strategies/fsdp2.py::FSDP2Strategy._mesh": FIRST_STEP,
+    "engine/strategies/fsdp2.py::_words": FIRST_STEP,
+    "engine/hooks/progress.py::memory_text": f"{SECOND}::test_memory_is_that_of_the_gpu",
     "engine/hooks/guards.py::_PendingFlag.__init__": (
         f"{SECOND}::test_a_flag_comes_late_from_a_gpu"
     ),
-    "engine/hooks/teacher_ema.py::TeacherEMAHook.after_train_iter": (
+    "engine/hooks/schedule.py::TeacherEMAHook.after_train_iter": (
         f"{DRY_RUN}/test_run.py::test_memory_by_kind_adds_up"
     ),
-    "engine/hooks/evaluation_base.py::FrozenFeatureHook.before_train": f"{GPU_CHECK}knn",
-    "engine/networks.py::compile_obstacle": f"{COMPILE}::test_what_is_missing_is_named",
-    "engine/networks.py::decide_compile": f"{COMPILE}::test_auto_compiles_on_a_gpu_only",
-    "engine/precision.py::choose_dtype": PRECISION,
-    "engine/precision.py::describe_choice": PRECISION,
-    "engine/strategy.py::PretrainStrategy._accelerated": FIRST_STEP,
-    "evaluation/features.py::_own_rows": f"{GPU_CHECK}knn",
-    "engine/host_config.py::for_cpu_ranks": (
+    "engine/hooks/evaluation.py::FrozenFeatureHook.before_train": f"{GPU_CHECK}knn",
+    "engine/strategies/ddp.py::compile_obstacle": f"{COMPILE}::test_what_is_missing_is_named",
+    "engine/strategies/ddp.py::decide_compile": f"{COMPILE}::test_auto_compiles_on_a_gpu_only",
+    "models/precision.py::choose_dtype": PRECISION,
+    "models/precision.py::describe_choice": PRECISION,
+    "engine/strategies/ddp.py::PretrainStrategy._accelerated": FIRST_STEP,
+    "features/frozen.py::_own_rows": f"{GPU_CHECK}knn",
+    "engine/config/host.py::for_cpu_ranks": (
         f"{SECOND}::test_ranks_without_gpus_wrap_their_model_without_an_index"
     ),
-    "engine/host_config.py::settle_host": (
+    "engine/config/host.py::settle_host": (
         "tests/engine/test_host_config.py::test_batch_norms_are_not_synchronised_without_a_gpu"
     ),
-    "engine/optim/wrapper.py::_is_known_to_fit": FIRST_STEP,
-    "engine/runner/launch.py::device_index": f"{SECOND}::test_a_rank_takes_the_gpu_of_its_number",
-    "engine/runner/launch.py::sees_one_of_several": (
-        f"{SECOND}::test_a_rank_takes_the_gpu_of_its_number"
-    ),
+    "engine/optim/optimizer.py::_is_known_to_fit": FIRST_STEP,
+    "engine/launch.py::device_index": f"{SECOND}::test_a_rank_takes_the_gpu_of_its_number",
+    "engine/launch.py::sees_one_of_several": (f"{SECOND}::test_a_rank_takes_the_gpu_of_its_number"),
     # NCCL meets for real.
-    "engine/runner/launch.py::start_processes": f"{GPU_CHECK}fsdp2-resume",
-    "engine/strategy.py::PretrainDDPStrategy._wrap_model": FIRST_STEP,
-    "engine/strategy.py::training_device": FIRST_STEP,
-    "engine/students/strategy.py::MultiDistillationStrategy._wrap_model": (
+    "engine/launch.py::start_processes": f"{GPU_CHECK}fsdp2-resume",
+    "engine/strategies/ddp.py::PretrainDDPStrategy._wrap_model": FIRST_STEP,
+    "engine/strategies/ddp.py::training_device": FIRST_STEP,
+    "engine/strategies/students.py::MultiDistillationStrategy._wrap_model": (
         f"{DRY_RUN}/test_students.py::test_a_dry_run_for_each_group"
     ),
     # mmcv's CUDA operator has no shape function.
-    "models/adapters/vit_adapter/adapter.py::DINOv3ViTAdapter._run_backbone": (
-        f"{GPU_CHECK}downstream"
-    ),
-    "models/adapters/vit_adapter/deformable_attention.py::DeformableAttention.attend": (
-        f"{GPU_CHECK}downstream"
-    ),
+    "models/adapters/vit_adapter.py::DINOv3ViTAdapter._run_backbone": (f"{GPU_CHECK}downstream"),
+    "models/adapters/vit_adapter.py::DeformableAttention.attend": (f"{GPU_CHECK}downstream"),
     "models/backbones/vit_trunk.py::ViTTrunk._run_blocks": FIRST_STEP,
     "models/backbones/vit_trunk.py::ViTTrunk._max_chunk_rows": (
         f"{SECOND}::test_inference_of_backbones"
@@ -102,15 +96,15 @@ BRANCHES = {
     "models/layers/attention.py::varlen_obstacle": (
         f"{SECOND}::test_packed_attention_is_for_several_sequences_on_a_gpu"
     ),
-    "models/layers/dense_attention.py::prefers_dense_attention": FIRST_STEP,
+    "models/layers/attention.py::prefers_dense_attention": FIRST_STEP,
     "models/layers/fp8.py::_scaled_product": f"{FAKE}::test_gradients_of_float8_products",
-    "models/layers/linear.py::_suits_onednn": FIRST_STEP,
-    "models/losses/chunked_prototypes.py::_compute_dtype": FIRST_STEP,
-    "models/losses/soft_cross_entropy.py::_row_slices": FIRST_STEP,
-    "models/pretraining/distillation_teacher.py::DistillationTeacher.project": (
+    "models/layers/attention.py::_suits_onednn": FIRST_STEP,
+    "models/losses/prototypes.py::_compute_dtype": FIRST_STEP,
+    "models/losses/prototypes.py::_row_slices": FIRST_STEP,
+    "models/pretraining/distillation.py::DistillationTeacher.project": (
         f"{DRY_RUN}/test_students.py::test_a_dry_run_for_each_group"
     ),
-    "models/pretraining/head.py::DINOv3Head.project_and_prototypes": FIRST_STEP,
+    "models/pretraining/student.py::DINOv3Head.project_and_prototypes": FIRST_STEP,
 }
 # It is the GPU.
 NO_BRANCHES = "engine/dry_run/fake_cuda.py"

@@ -14,9 +14,13 @@ from dinov3_mm.engine.dry_run.batches import crop_sets, make_batch
 from dinov3_mm.engine.dry_run.config import needs_process_group, settle_config
 from dinov3_mm.engine.dry_run.fake_cuda import CUDA, fake_cuda
 from dinov3_mm.engine.dry_run.fake_world import fake_device, fake_ranks
-from dinov3_mm.engine.fsdp2 import strategy as fsdp2_strategy
-from dinov3_mm.engine.runner.sharded_state import load_sharded_state, save_sharded_state
-from dinov3_mm.engine.runner.training_state import read_training_state, write_training_state
+from dinov3_mm.engine.strategies import fsdp2 as fsdp2_strategy
+from dinov3_mm.engine.training_state import (
+    load_sharded_state,
+    read_training_state,
+    save_sharded_state,
+    write_training_state,
+)
 from dinov3_mm.models.layers.fp8 import fp8_linear
 from tests.engine.dry_run.toys import toy_config
 

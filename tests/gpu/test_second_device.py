@@ -11,16 +11,16 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from dinov3_mm.apis.deployment.plan import _check_backbone
-from dinov3_mm.engine import host_config
-from dinov3_mm.engine.autoscale import resolve
+from dinov3_mm.apis.deployment.request import _check_backbone
+from dinov3_mm.engine import launch
 from dinov3_mm.engine.capture import random_state
+from dinov3_mm.engine.config import auto as resolve
+from dinov3_mm.engine.config import host as host_config
+from dinov3_mm.engine.config.host import for_cpu_ranks
 from dinov3_mm.engine.console import _device
 from dinov3_mm.engine.dry_run.fake_cuda import CUDA, fake_cuda
-from dinov3_mm.engine.hooks import console
+from dinov3_mm.engine.hooks import progress as console
 from dinov3_mm.engine.hooks.guards import _PendingFlag
-from dinov3_mm.engine.host_config import for_cpu_ranks
-from dinov3_mm.engine.runner import launch
 from dinov3_mm.evaluation.knn import nearest_neighbours
 from dinov3_mm.models.layers import attention
 from dinov3_mm.models.layers.attention import SelfAttention

@@ -13,8 +13,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.train_step import Trainer
-from dinov3_mm.engine.cuda_graphs import COMPILE_OPTIONS, mark_steps
-from dinov3_mm.engine.networks import compile_units
+from dinov3_mm.engine.strategies.ddp import COMPILE_OPTIONS, compile_units, mark_steps
 from dinov3_mm.models.layers import RotaryEmbedding2D, SelfAttention
 from dinov3_mm.models.layers.attention import ATTN_BACKENDS
 from dinov3_mm.models.losses import compile_losses

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3_mm.engine.networks import compile_obstacle
+from dinov3_mm.engine.strategies.ddp import compile_obstacle
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30

@@ -14,8 +14,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 
 import dinov3_mm
-from dinov3_mm.apis.deployment.onnx_runtime import OnnxModel
-from dinov3_mm.engine.precision import autocast_parts
+from dinov3_mm.apis.deployment.onnx_file import OnnxModel
+from dinov3_mm.models.precision import autocast_parts
 from tests.downstream import batches
 from tests.gpu_check.check import ROOT, Check, Skip
 from tests.integration.continue_run import TOY_ARCH, random_released_like

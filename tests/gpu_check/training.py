@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.train_step import Trainer
 from dinov3_mm.engine.config import fill_defaults
-from dinov3_mm.engine.runner.files import checkpoint_path, list_checkpoints
+from dinov3_mm.engine.run_files import checkpoint_path, list_checkpoints
 from tests.gpu_check.check import ROOT, Check, exact_products, relative_error
 from tests.integration.traces import read_shards, read_trace
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 from dinov3_mm.checkpoints import export_backbone
 from dinov3_mm.datasets.class_names import ClassNameError
-from dinov3_mm.engine import ConfigError, build_runner, testing
-from dinov3_mm.engine.host_config import set_data_root, settle_loading
-from dinov3_mm.engine.testing import build_tester
+from dinov3_mm.engine import ConfigError, build_runner
+from dinov3_mm.engine import downstream as testing
+from dinov3_mm.engine.config.host import set_data_root, settle_loading
+from dinov3_mm.engine.downstream import build_tester
 from tests.acceptance import class_names
 from tests.acceptance.image_kinds import encoded, exif
 from tests.checkpoints.toys import quickstart_backbone, toy_backbone

@@ -13,7 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from dinov3_mm.checkpoints import export
-from dinov3_mm.engine.runner import sharded_state
+from dinov3_mm.engine import training_state as sharded_state
 
 
 @HOOKS.register_module()

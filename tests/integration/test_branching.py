@@ -7,7 +7,7 @@ import pytest
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from dinov3_mm.engine.runner.files import checkpoint_path, list_checkpoints
+from dinov3_mm.engine.run_files import checkpoint_path, list_checkpoints
 from tests.integration.toy_run import toy_config, train, write_images
 from tests.integration.traces import different_tensors, read_trace
 

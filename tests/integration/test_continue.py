@@ -8,8 +8,8 @@ import torch
 import tests.integration.stop_hook  # noqa: F401
 from dinov3_mm.checkpoints import build_backbone, load_weights
 from dinov3_mm.engine import ConfigError
-from dinov3_mm.engine.runner.files import checkpoint_path
-from dinov3_mm.engine.runner.training_state import read_training_state
+from dinov3_mm.engine.run_files import checkpoint_path
+from dinov3_mm.engine.training_state import read_training_state
 from dinov3_mm.evaluation.records import read_records
 from tests.integration.continue_run import (
     labelled_noise,

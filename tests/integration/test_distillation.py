@@ -8,8 +8,8 @@ import torch
 
 import dinov3_mm
 from dinov3_mm.engine import ConfigError, build_runner
-from dinov3_mm.engine.runner.files import latest_export_path
-from dinov3_mm.engine.runner.training_state import read_training_state
+from dinov3_mm.engine.run_files import latest_export_path
+from dinov3_mm.engine.training_state import read_training_state
 from tests.acceptance.multi_distillation import student_tensors, student_trace
 from tests.integration.distill_run import distill_config, multi_config, write_teacher
 from tests.integration.toy_run import train

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dinov3_mm.engine.runner.files import list_checkpoints
+from dinov3_mm.engine.run_files import list_checkpoints
 from tests.integration.toy_run import start_training, toy_config, train, write_images
 from tests.integration.traces import different_tensors, read_trace
 

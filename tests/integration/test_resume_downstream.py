@@ -16,7 +16,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
 
 from dinov3_mm.engine import ConfigError
-from dinov3_mm.engine.hooks import host_checkpoint
+from dinov3_mm.engine.hooks import downstream_checkpoint as host_checkpoint
 from dinov3_mm.engine.hooks.resume import _keep_files_here
 from tests.integration.downstream_run import (
     downstream_config,

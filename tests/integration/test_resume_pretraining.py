@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from dinov3_mm.engine import ConfigError
-from dinov3_mm.engine.runner.training_state import read_training_state, write_training_state
+from dinov3_mm.engine.training_state import read_training_state, write_training_state
 from tests.integration.downstream_run import log_of
 from tests.integration.toy_run import toy_config, train, write_images
 from tests.integration.traces import read_trace

@@ -4,7 +4,7 @@ import pytest
 
 import dinov3_mm
 from dinov3_mm.engine import ConfigError
-from dinov3_mm.engine.runner.files import checkpoint_path, latest_export_path
+from dinov3_mm.engine.run_files import checkpoint_path, latest_export_path
 from tests.integration.distill_run import distill_config, write_teacher
 from tests.integration.toy_run import toy_config, train
 from tests.integration.traces import read_trace
@@ -102,8 +102,8 @@ def test_several_files_for_one_teacher(sources, tmp_path):
 
 
 def test_other_input_statistics_are_refused(sources, tmp_path, monkeypatch):
-    from dinov3_mm.checkpoints.statistics import statistics_of_data
-    from dinov3_mm.engine import starting_point
+    from dinov3_mm.checkpoints.locate import statistics_of_data
+    from dinov3_mm.engine.config import read as starting_point
 
     stated = {str(sources[1]): "LVD-1689M", str(sources[2]): "SAT-493M"}
     monkeypatch.setattr(

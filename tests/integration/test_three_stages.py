@@ -5,7 +5,7 @@
 
 import pytest
 
-from dinov3_mm.engine.runner.files import list_checkpoints
+from dinov3_mm.engine.run_files import list_checkpoints
 from tests.acceptance.three_stages import STAGES, three_stages
 
 SHORT = ["train_cfg.max_iters=3", "train_cfg.global_batch_size=8"]

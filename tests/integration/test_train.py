@@ -12,13 +12,8 @@ from mmengine.registry import HOOKS
 from safetensors.torch import load_file
 
 from dinov3_mm.checkpoints import build_backbone, read_metadata
-from dinov3_mm.engine.runner.files import (
-    checkpoint_path,
-    export_path,
-    list_checkpoints,
-    list_exports,
-)
-from dinov3_mm.engine.runner.training_state import read_training_state
+from dinov3_mm.engine.run_files import checkpoint_path, export_path, list_checkpoints, list_exports
+from dinov3_mm.engine.training_state import read_training_state
 from tests.integration.toy_run import toy_config, train, write_images
 from tests.integration.traces import different_tensors, read_trace
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dinov3_mm.checkpoints.distributed_folder import SafeReader, read_index
-from dinov3_mm.engine.runner.files import checkpoint_path
-from dinov3_mm.engine.runner.training_state import read_training_state
+from dinov3_mm.checkpoints.containers import SafeReader, read_index
+from dinov3_mm.engine.run_files import checkpoint_path
+from dinov3_mm.engine.training_state import read_training_state
 
 # Wall-clock measurements; the rest of a record is a function of config and seed.
 CLOCKS = {"img_per_s", "data_wait"}

@@ -12,8 +12,12 @@ from dinov3_mm.models.layers import (
     RotaryEmbedding2D,
     attention,
     build_norm,
-    feed_forward,
-    rotation,
+)
+from dinov3_mm.models.layers import (
+    block as feed_forward,
+)
+from dinov3_mm.models.layers import (
+    rope as rotation,
 )
 from tests.dinov2_toys import all_tokens
 from tests.golden import assert_parity, load_golden

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from dinov3_mm.checkpoints import foreign_models, targets
+from dinov3_mm.checkpoints import convert as foreign_models
+from dinov3_mm.checkpoints import targets
+from dinov3_mm.checkpoints.containers import open_checkpoint
 from dinov3_mm.checkpoints.convert import convert_checkpoint
-from dinov3_mm.checkpoints.opening import open_checkpoint
-from dinov3_mm.checkpoints.periods import PERIODS_KEY
+from dinov3_mm.checkpoints.formats.conversion import PERIODS_KEY
 from dinov3_mm.models.backbones import DINOv3ConvNeXt
 from tests.checkpoints.toys import assert_same_tensors, redraw, tensors_of, toy_backbone
 

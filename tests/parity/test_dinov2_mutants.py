@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dinov3_mm.models.backbones import DINOv2ViT, dinov2_vit
-from dinov3_mm.models.layers import FusedSwiGLU, LayerScale, feed_forward
+from dinov3_mm.models.layers import FusedSwiGLU, LayerScale
+from dinov3_mm.models.layers import block as feed_forward
 from tests.dinov2_toys import all_tokens, noise
 from tests.golden import assert_parity
 from tests.parity.backbone_oracles import assert_each_epsilon_matters

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov3_mm.evaluation.dense_probe import fit_patch_classifier
+from dinov3_mm.evaluation.dense_probe import RidgeStatistics, fit_patch_classifier
 from dinov3_mm.evaluation.knn import knn_scores
 from dinov3_mm.evaluation.metrics import (
     confusion_matrix,
@@ -13,8 +13,7 @@ from dinov3_mm.evaluation.metrics import (
     segmentation_metrics,
     top_k_accuracy,
 )
-from dinov3_mm.evaluation.ridge import RidgeStatistics
-from dinov3_mm.visualization.pca import PatchPCA
+from dinov3_mm.visualization.patches import PatchPCA
 
 decomposition = pytest.importorskip("sklearn.decomposition")
 linear_model = pytest.importorskip("sklearn.linear_model")

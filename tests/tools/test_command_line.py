@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from dinov3_mm.command_line import explain, run_tool
 from dinov3_mm.datasets import ImageFolder
 from dinov3_mm.engine import ConfigError, read_config
-from dinov3_mm.evaluation.ranks import OtherRankError
+from dinov3_mm.features.frozen import OtherRankError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov3_mm.engine.runner.files import list_checkpoints
+from dinov3_mm.engine.run_files import list_checkpoints
 from tests.integration.toy_run import toy_config, write_images
 from tests.integration.traces import read_trace
 

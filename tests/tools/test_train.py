@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinov3_mm.engine.runner.training_state import write_training_state
+from dinov3_mm.engine.training_state import write_training_state
 from tools.train import load_config, parse_args
 
 

@@ -5,8 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3_mm.visualization.pca import PatchPCA, foreground_mask, pca_images, save_pca_grid
-from dinov3_mm.visualization.similarity import save_similarity_figure, similarity_maps
+from dinov3_mm.visualization.patches import (
+    PatchPCA,
+    foreground_mask,
+    pca_images,
+    save_pca_grid,
+    save_similarity_figure,
+    similarity_maps,
+)
 
 
 def _features(num: int = 3, side: int = 6, dims: int = 10) -> torch.Tensor:

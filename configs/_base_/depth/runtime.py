@@ -6,7 +6,6 @@ custom_imports = dict(
         'dinov3_mm.models.depth',
         'dinov3_mm.datasets.depth',
         'dinov3_mm.evaluation.depth_metric',
-        'dinov3_mm.evaluation.canopy_metric',
     ]
 )
 

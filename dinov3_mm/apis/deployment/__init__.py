@@ -1,9 +1,9 @@
 """Backbones as ONNX and torch.export files that are checked against PyTorch."""
 
-from .gate import Bounds, Difference, ExportMismatchError, print_differences
+from .check import Bounds, Difference, ExportMismatchError, print_differences
 from .graph import OUTPUTS
 from .onnx_file import export_onnx
-from .records import ExportReport
+from .request import ExportReport
 from .torch_file import export_torch
 
 __all__ = [

@@ -11,16 +11,17 @@ from dinov3_mm.checkpoints import Statistics, build_backbone, read_statistics
 from dinov3_mm.command_line import ToolParser
 from dinov3_mm.models.backbones.zoo import ZOO
 
-from .check_images import find_images
-from .gate import print_differences
-from .graph import DEFAULT_OUTPUTS, OUTPUTS, check_output_names
-from .onnx_file import export_onnx
-from .onnx_graph import DEFAULT_OPSET, check_opset
-from .onnx_runtime import DEFAULT_PROVIDER, check_provider, require_onnx
-from .plan import DTYPES
-from .records import ExportReport
-from .shapes import parse_size
-from .staging import check_target
+from .check import find_images, print_differences
+from .graph import DEFAULT_OUTPUTS, OUTPUTS, check_output_names, parse_size
+from .onnx_file import (
+    DEFAULT_OPSET,
+    DEFAULT_PROVIDER,
+    check_opset,
+    check_provider,
+    export_onnx,
+    require_onnx,
+)
+from .request import DTYPES, ExportReport, check_target
 from .torch_file import export_torch
 
 

@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .gate import compare, require_within
+from .check import compare, require_within
 from .graph import with_constant_tables
-from .plan import DTYPES, ExportPlan
-from .records import ExportReport, measured, write_description
-from .staging import check_target, staged
+from .request import (
+    DTYPES,
+    ExportPlan,
+    ExportReport,
+    check_target,
+    measured,
+    staged,
+    write_description,
+)
 
 # Name of the metadata inside a file, for the ``extra_files`` of ``torch.export.load``.
 METADATA_FILE = "dinov3_mm.json"

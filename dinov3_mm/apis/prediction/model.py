@@ -18,8 +18,9 @@ from torch import nn
 
 from dinov3_mm.datasets.class_names import stored_metainfo
 from dinov3_mm.engine.config import read_config
-from dinov3_mm.engine.host_config import set_head, set_host_weights, settle_host
-from dinov3_mm.engine.precision import (
+from dinov3_mm.engine.config.host import set_head, set_host_weights, settle_host
+from dinov3_mm.engine.downstream import load_model_weights
+from dinov3_mm.models.precision import (
     AUTO,
     DTYPES,
     asked_dtype,
@@ -27,7 +28,6 @@ from dinov3_mm.engine.precision import (
     choose_dtype,
     describe_choice,
 )
-from dinov3_mm.engine.testing import load_model_weights
 
 # By class, the more special ones first.
 _JOBS = {

@@ -6,19 +6,23 @@ from typing import Any
 
 from torch import Tensor
 
-from .conversion import Conversion, ConversionRequest
-from .convnext_architecture import describe_convnext_mismatch, infer_convnext_arch
-from .dinov2_architecture import describe_dinov2_mismatch, infer_dinov2_arch
-from .hf_convnext import hf_convnext_to_official
-from .hf_dinov2 import hf_dinov2_to_official
-from .hf_vit import hf_to_official
-from .official_convnext import official_convnext_to_official
-from .official_dinov2 import official_dinov2_to_official
-from .official_vit import official_to_official
-from .timm_convnext import timm_convnext_to_official
-from .timm_dinov2 import timm_dinov2_to_official
-from .timm_vit import timm_to_official
-from .vit_architecture import describe_vit_mismatch, infer_vit_arch
+from .architecture import (
+    describe_convnext_mismatch,
+    describe_dinov2_mismatch,
+    describe_vit_mismatch,
+    infer_convnext_arch,
+    infer_dinov2_arch,
+    infer_vit_arch,
+    official_dinov2_to_official,
+)
+from .conversion import (
+    Conversion,
+    ConversionRequest,
+    official_convnext_to_official,
+    official_to_official,
+)
+from .hugging_face import hf_convnext_to_official, hf_dinov2_to_official, hf_to_official
+from .timm import timm_convnext_to_official, timm_dinov2_to_official, timm_to_official
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from dinov3_mm.datasets.transforms.inference import make_transform
 from dinov3_mm.datasets.transforms.multi_crop import PAPER_BLUR, RELEASED_BLUR, MultiCrop
-from dinov3_mm.datasets.transforms.multi_resolution import MultiResolutionCrop
-from dinov3_mm.datasets.transforms.photometric import DINOv3PhotoMetricDistortion
+
+from .host_steps import DINOv3PhotoMetricDistortion
+from .multi_crop import MultiResolutionCrop
 
 __all__ = [
     "PAPER_BLUR",

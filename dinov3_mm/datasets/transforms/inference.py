@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from dinov3_mm.checkpoints.statistics import Statistics, read_statistics
+from dinov3_mm.checkpoints.locate import Statistics, read_statistics
 from dinov3_mm.models.backbones import ZOO, ZooRow
 
 DEFAULT_SIZE = 256

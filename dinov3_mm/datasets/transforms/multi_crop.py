@@ -1,13 +1,16 @@
 """Multi-crop augmentation of DINOv3 pretraining."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from mmengine.registry import TRANSFORMS
 
-from dinov3_mm.datasets.transforms import pixel_ops
-from dinov3_mm.datasets.transforms.params import (
+from dinov3_mm.errors import hint
+
+from . import pixel_ops
+from .pixel_ops import (
     Box,
     ColorJitter,
     CropParams,
@@ -17,7 +20,6 @@ from dinov3_mm.datasets.transforms.params import (
     draw_resized_crop,
     without_colors,
 )
-from dinov3_mm.suggest import hint
 
 # Grid of the offsets of local crops that are cut from global crops; fixed in the reference.
 _OFFSET_GRID = 16
@@ -54,7 +56,7 @@ class MultiCrop:
         ratio (tuple[float, float]): Width over height of the regions.
         horizontal_flip (bool): Mirror every second crop; False where orientation carries meaning.
         jitter_prob (float): Probability of the colour jitter.
-        jitter (dict): Ranges, see :class:`~dinov3_mm.datasets.transforms.params.ColorJitter`.
+        jitter (dict): Ranges, see :class:`~dinov3_mm.datasets.transforms.pixel_ops.ColorJitter`.
         grayscale_prob (float): Probability of dropping the colours.
         blur_probs (tuple[float, float, float] | str): Probability of blur for the first global
             crop, the second and the local crops. The default ``(0, 0.9, 0.5)`` is what the released
@@ -353,3 +355,61 @@ def _blur_probs(value: tuple[float, float, float] | str) -> tuple[float, ...]:
     if isinstance(value, str) or len(value) != 3:
         raise ValueError(f"blur_probs must be three probabilities or 'paper', got {value!r}")
     return tuple(_probability("blur_probs", item) for item in value)
+
+
+# --- Multi-crop with several sets of crop sizes, one of them per iteration (high-resolution
+# stage)
+
+
+# Seed of the sequence of choices that the released models were adapted with.
+_CHOICE_SEED = 65537
+_SIZES = ("global_size", "local_size", "gram_size")
+
+
+@TRANSFORMS.register_module()
+class MultiResolutionCrop:
+    """Draws the crop sizes of a whole iteration from several sets, by ratio (paper section 5.1).
+
+    The choice depends on the iteration alone: all ranks make the same one, and a resumed run goes
+    on with the sequence.
+
+    Args:
+        size_sets (list[dict]): Per set ``global_size``, ``local_size``, optionally ``gram_size``
+            (in all sets or in none), and ``ratio``, its share of the iterations; ratios sum to 1.
+        **shared: The other arguments of :class:`MultiCrop`.
+
+    Raises:
+        ValueError: If there is no set, the ratios do not sum to 1, or Gram crops are in some sets
+            only.
+    """
+
+    def __init__(self, size_sets: Sequence[dict], **shared: Any) -> None:
+        if not size_sets:
+            raise ValueError("MultiResolutionCrop needs at least one set of sizes")
+        for given in size_sets:
+            unknown = sorted(set(given) - {*_SIZES, "ratio"})
+            if unknown or not {"global_size", "local_size", "ratio"} <= set(given):
+                raise ValueError(
+                    f"a set of sizes has global_size, local_size, ratio and perhaps gram_size; got "
+                    f"{dict(given)}"
+                )
+        self.ratios = [float(given["ratio"]) for given in size_sets]
+        if min(self.ratios) <= 0 or abs(sum(self.ratios) - 1) > 1e-6:
+            raise ValueError(f"the ratios must be positive and sum to 1, got {self.ratios}")
+        with_gram = {given.get("gram_size") is not None for given in size_sets}
+        if len(with_gram) > 1:
+            raise ValueError("gram_size must be given in every set of sizes, or in none")
+        self.variants = [
+            MultiCrop(**{key: given[key] for key in _SIZES if key in given}, **shared)
+            for given in size_sets
+        ]
+        self._choices = np.empty(0, np.int64)
+
+    def at(self, iteration: int) -> MultiCrop:
+        """The transform of an iteration (optimizer step, counted from 0)."""
+        if iteration >= len(self._choices):
+            # The beginning of a longer sequence is the shorter one.
+            length = max(1024, 2 * (iteration + 1))
+            rng = np.random.default_rng(_CHOICE_SEED)
+            self._choices = rng.choice(len(self.ratios), size=length, p=self.ratios)
+        return self.variants[self._choices[iteration]]

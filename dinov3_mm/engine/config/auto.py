@@ -1,22 +1,179 @@
-"""Replaces the values 'auto' of a config by what the rules derive, and tells how."""
+"""Values 'auto' of a config: the rules, the facts that they need, and what follows from both."""
 
 import copy
+import math
 import multiprocessing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, MODELS
 from mmengine.utils import import_modules_from_strings
 
-from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.evaluation.held_out import HeldOutSplit
+from dinov3_mm.datasets.evaluation_images import HeldOutSplit
+from dinov3_mm.errors import ConfigError
 
-from . import rules
-from .rules import Derived
+# --- Hyper-parameters of continued pretraining from data set, batch, run length and backbone ---
+#
+# Every rule is a pure function that returns the value and one line that says how it came about.
+# Where a number is taken from a released recipe (arXiv 2508.10104 and its configurations), the
+# comment names it; the rest is a judgement, with its reason.
+
+
+# A prototype needs images to stand for: the ImageNet recipe has 65,536 for 1.28 M images. More
+# than a batch can fill leave Sinkhorn-Knopp with near-uniform targets: the largest released ratio
+# is 262,144 for a batch of 4,096.
+IMAGES_PER_PROTOTYPE = 20
+PROTOTYPES_PER_BATCH_IMAGE = 64
+PROTOTYPES = (256, 65536)
+
+# Learning rate of a ViT-B at batch 1024; narrower networks take more and wider ones less, down to
+# the rate at which the high-resolution stage adapts the 7B (7.07e-5 at batch 2048).
+LR_AT_1024 = 1e-4
+LR_WIDTH = 768
+LEAST_LR_AT_1024 = 5e-5
+
+# Long enough for random heads; as long as the released configuration that adapts a ViT-L.
+EPOCHS = 20
+ITERATION_LIMITS = (500, 25_000)
+
+# EMA momentum 0.994 at batch 1920: the teacher averages the students of the last 320,000 images.
+TEACHER_IMAGES = 1920 / (1 - 0.994)
+TEACHER_SHARE = 0.1
+
+HEAD_START_SHARE = 0.1
+HEAD_START = (100, 1000)
+
+HELD_OUT_IMAGES = 2000
+HELD_OUT_EVERY = (5, 1000)
+
+# What may be tried for a GPU, the most first, and what a process on the CPU gets.
+IMAGES_PER_PROCESS = (128, 64, 32, 16, 8)
+IMAGES_PER_CPU_PROCESS = 16
+LARGEST_BATCH = 1024
+# Of a GPU's memory. The rest is for evaluations, for what compiled blocks keep otherwise, and for
+# the reserve of the plan: nobody looks at a batch that nobody chose before the run is over.
+USABLE_MEMORY = 0.75
+
+
+class Derived(NamedTuple):
+    """A value and where it comes from, in words."""
+
+    value: Any
+    text: str
+
+
+def held_out_every(num_images: int) -> Derived:
+    """One image in how many is kept for evaluation: about 2000, a fifth of small sets."""
+    low, high = HELD_OUT_EVERY
+    every = min(max(round(num_images / HELD_OUT_IMAGES), low), high)
+    return Derived(
+        every, f"evaluation on 1 image in {every}, about {num_images // every} of {num_images}"
+    )
+
+
+def global_batch(per_process: int, world_size: int, accumulate: int, num_images: int) -> Derived:
+    """Images of an optimizer step, not more than half of the data set.
+
+    An image that is twice in a batch is its own nearest neighbour for KoLeo.
+    """
+    step = world_size * accumulate
+    largest = max(step, min(LARGEST_BATCH, num_images // 2) // step * step)
+    batch = min(per_process * step, largest)
+    micro = f" x {accumulate} micro batches" if accumulate > 1 else ""
+    cut = f", cut to {batch}" if batch < per_process * step else ""
+    return Derived(
+        batch,
+        f"global batch {batch} = {per_process} images x {world_size} process(es){micro}{cut}",
+    )
+
+
+def iterations(num_images: int, batch: int) -> Derived:
+    """Length of the run: 20 epochs, within the limits of ``ITERATIONS``."""
+    low, high = ITERATION_LIMITS
+    wanted = math.ceil(EPOCHS * num_images / batch)
+    value = min(max(wanted, low), high)
+    limit = f", at least {low}" if wanted < low else f", at most {high}" if wanted > high else ""
+    source = f"{EPOCHS} epochs x {num_images} images / batch {batch}"
+    return Derived(value, f"iterations {value} = {source}{limit}")
+
+
+def prototypes(num_images: int, batch: int) -> Derived:
+    """Prototypes of a head: as many as the images can fill, a power of two."""
+    low, high = PROTOTYPES
+    from_data = num_images / IMAGES_PER_PROTOTYPE
+    from_batch = PROTOTYPES_PER_BATCH_IMAGE * batch
+    value = min(max(_power_of_two(min(from_data, from_batch)), low), high)
+    return Derived(
+        value,
+        f"prototypes {value} = power of two below {num_images} images / {IMAGES_PER_PROTOTYPE} and "
+        f"{PROTOTYPES_PER_BATCH_IMAGE} x batch {batch}, within {low} to {high}",
+    )
+
+
+def learning_rate(width: int, batch: int) -> Derived:
+    """Peak learning rate: by width, and with the square root of the batch relative to 1024."""
+    base = max(LR_AT_1024 * LR_WIDTH / width, LEAST_LR_AT_1024)
+    value = float(f"{base * math.sqrt(batch / 1024):.3g}")
+    return Derived(
+        value, f"learning rate {value:.3g} = {base:.3g} (width {width}) x sqrt({batch} / 1024)"
+    )
+
+
+def head_start(max_iters: int) -> Derived:
+    """Iterations in which only the heads learn: a tenth of the run."""
+    low, high = HEAD_START
+    value = min(max(round(HEAD_START_SHARE * max_iters), low), high, max_iters // 4)
+    return Derived(
+        value,
+        f"backbone frozen for {value} iterations = {HEAD_START_SHARE:.0%} of {max_iters}, within "
+        f"{low} to {high} and a quarter of the run",
+    )
+
+
+def backbone_warmup(freeze: int) -> Derived:
+    """Iterations over which the backbone's learning rate rises: as long as it was frozen."""
+    return Derived(freeze, f"backbone warm-up {freeze} iterations, as long as the freeze")
+
+
+def warmup(freeze: int) -> Derived:
+    """Warm-up of the learning rate: over half of the freeze, so it concerns the heads."""
+    return Derived(freeze // 2, f"learning-rate warm-up {freeze // 2} iterations, half the freeze")
+
+
+def teacher_momentum(batch: int, max_iters: int) -> Derived:
+    """EMA momentum that averages over as many images as the released recipe, and fits the run.
+
+    Per image it is ``0.994 ** (batch / 1920)``. A teacher that averages over more than a tenth of
+    the run would never follow.
+    """
+    released, share = TEACHER_IMAGES / batch, TEACHER_SHARE * max_iters
+    horizon = max(min(released, share), 2.0)
+    value = round(1 - 1 / horizon, 6)
+    return Derived(
+        value,
+        f"EMA momentum {value:g}: averages over {horizon:.0f} iterations, the smaller of "
+        f"{released:.0f} (0.994 ** ({batch} / 1920)) and {TEACHER_SHARE:.0%} of the run",
+    )
+
+
+def interval(what: str, max_iters: int, parts: int, largest: int | None = None) -> Derived:
+    """Iterations between two events of which a run has ``parts``, or more in long runs."""
+    value = max(1, max_iters // parts)
+    value = value if largest is None else min(value, largest)
+    return Derived(value, f"{what} every {value} iterations")
+
+
+def _power_of_two(value: float) -> int:
+    """Largest power of two that is not above ``value``, at least 1."""
+    return 1 << max(0, math.floor(math.log2(max(value, 1))))
+
+
+# --- Replaces the values 'auto' of a config by what the rules derive, and tells how ---
+
 
 # Key of the config and of a checkpoint's meta data that keeps what was derived.
 RECORD = "derived"
@@ -117,25 +274,25 @@ def _settle_all(
 ) -> None:
     """Apply the rules in the order in which they need each other's values."""
     if data.every is not None:
-        scaler.settle(SPLITS, lambda: rules.held_out_every(data.num_images))
+        scaler.settle(SPLITS, lambda: held_out_every(data.num_images))
     batch = scaler.settle([BATCH], lambda: _batch(scaler, data, world_size, memory_gib))
-    iters = scaler.settle([ITERATIONS], lambda: rules.iterations(data.num_train, batch))
-    scaler.settle(HEADS, lambda: rules.prototypes(data.num_train, batch))
+    iters = scaler.settle([ITERATIONS], lambda: iterations(data.num_train, batch))
+    scaler.settle(HEADS, lambda: prototypes(data.num_train, batch))
     _refuse_double_scaling(scaler, cfg)
-    scaler.settle(LR, lambda: rules.learning_rate(_width(cfg.model["backbone"]), batch))
-    freeze = scaler.settle([FREEZE], lambda: rules.head_start(iters)) or 0
-    scaler.settle([f"{_SCHEDULE}.lr.warmup_iters"], lambda: rules.warmup(freeze))
-    scaler.settle([f"{_SCHEDULE}.backbone_warmup_iters"], lambda: rules.backbone_warmup(freeze))
-    scaler.settle(MOMENTUM, lambda: rules.teacher_momentum(batch, iters))
+    scaler.settle(LR, lambda: learning_rate(_width(cfg.model["backbone"]), batch))
+    freeze = scaler.settle([FREEZE], lambda: head_start(iters)) or 0
+    scaler.settle([f"{_SCHEDULE}.lr.warmup_iters"], lambda: warmup(freeze))
+    scaler.settle([f"{_SCHEDULE}.backbone_warmup_iters"], lambda: backbone_warmup(freeze))
+    scaler.settle(MOMENTUM, lambda: teacher_momentum(batch, iters))
     hooks = [f"custom_hooks.{name}.interval" for name in EVALUATIONS]
-    scaler.settle(hooks, lambda: rules.interval("evaluation", iters, 10))
+    scaler.settle(hooks, lambda: interval("evaluation", iters, 10))
     scaler.settle(
         ["default_hooks.checkpoint.interval"],
-        lambda: rules.interval("checkpoint", iters, 10, 1000),
+        lambda: interval("checkpoint", iters, 10, 1000),
     )
     scaler.settle(
         ["custom_hooks.DiagnosisHook.interval"],
-        lambda: rules.interval("diagnosis", iters, 50, 200),
+        lambda: interval("diagnosis", iters, 50, 200),
     )
 
 
@@ -147,21 +304,21 @@ def _batch(
     """
     accumulate = scaler.get("train_cfg.accumulate") or 1
     batch_of = partial(
-        rules.global_batch,
+        global_batch,
         world_size=world_size,
         accumulate=accumulate,
         num_images=data.num_train,
     )
     if memory_gib is None:
-        return batch_of(rules.IMAGES_PER_CPU_PROCESS)
-    for images in rules.IMAGES_PER_PROCESS:
+        return batch_of(IMAGES_PER_CPU_PROCESS)
+    for images in IMAGES_PER_PROCESS:
         batch = batch_of(images)
         tried = _Scaler(copy.deepcopy(scaler.cfg), scaler.stored)
         tried.settle([BATCH], partial(batch_of, images))
         # Logits are part of the memory.
-        tried.settle(HEADS, partial(rules.prototypes, data.num_train, batch.value))
+        tried.settle(HEADS, partial(prototypes, data.num_train, batch.value))
         gib = _predicted_peak(tried.cfg, world_size, data.num_images) / 2**30
-        if gib <= rules.USABLE_MEMORY * memory_gib:
+        if gib <= USABLE_MEMORY * memory_gib:
             return batch
     needed = f"{gib:.1f} GiB are predicted, of {memory_gib:g} GiB"
     return Derived(batch.value, f"{batch.text}; {needed}: tools/plan.py names what saves memory")
@@ -224,7 +381,7 @@ def data_facts(source_cfg: Mapping, every: int | None = None) -> DataFacts:
     if source_cfg["every"] != "auto":
         every = source_cfg["every"]
     elif every is None:
-        every = rules.held_out_every(len(inner)).value
+        every = held_out_every(len(inner)).value
     return DataFacts(len(inner), len(HeldOutSplit(inner, "train", every)), every)
 
 

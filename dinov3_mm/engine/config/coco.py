@@ -20,7 +20,7 @@ from dinov3_mm.datasets.coco import (
     compare_names,
     read_coco,
 )
-from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.errors import ConfigError
 
 # Data sets and metrics that count by place in the file, and ours that follow names.
 _DATASETS = ("CocoDataset", "mmdet.CocoDataset", "NamedCocoDataset")

@@ -18,16 +18,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import broadcast_object_list
 from mmengine.registry import MODELS
 
-from dinov3_mm.checkpoints.distributed_folder import read_index
-from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.config.check import STAGE_KEYS
-from dinov3_mm.engine.runner.files import find_latest_checkpoint, list_checkpoints, list_exports
-from dinov3_mm.engine.runner.training_state import (
-    STAGE_MODULES,
-    read_training_state,
-    refuse_mismatch,
-)
-from dinov3_mm.suggest import hint
+from dinov3_mm.checkpoints.containers import read_index
+from dinov3_mm.engine.run_files import find_latest_checkpoint, list_checkpoints, list_exports
+from dinov3_mm.engine.training_state import STAGE_MODULES, read_training_state, refuse_mismatch
+from dinov3_mm.errors import ConfigError, hint
+
+from .check import STAGE_KEYS
 
 KINDS = ("gram_anchor", "high_res")
 COUNTS = ("own", "absolute")

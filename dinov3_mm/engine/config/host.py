@@ -9,13 +9,18 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_distributed
 
-from dinov3_mm.checkpoints.download import is_url
-from dinov3_mm.checkpoints.model_hub import parse_hub_name
-from dinov3_mm.checkpoints.released import located
-from dinov3_mm.checkpoints.statistics import Statistics, find_statistics
+from dinov3_mm.checkpoints.locate import (
+    Statistics,
+    find_statistics,
+    is_url,
+    located,
+    parse_hub_name,
+)
 from dinov3_mm.datasets.image_files import is_hidden
-from dinov3_mm.engine.coco_config import SPLITS, set_coco_root
-from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.errors import ConfigError
+
+from .check import is_host_config
+from .coco import SPLITS, set_coco_root
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 EVALUATORS = ("val_evaluator", "test_evaluator")
@@ -23,11 +28,6 @@ _FOLDER_SETS = ("ClassificationFolder", "CustomDataset")  # data sets of one fol
 _CLASSIFIERS = ("ImageClassifier", "mmpretrain.ImageClassifier")
 # Flags of the hosts' preprocessors after which the channels are red, green, blue.
 _TO_RGB = ("bgr_to_rgb", "to_rgb")
-
-
-def is_host_config(cfg: Mapping) -> bool:
-    """Whether a config belongs to MMEngine's plain Runner, as those of the hosts do."""
-    return cfg.get("runner_type") != "FlexibleRunner"
 
 
 def is_classifier(cfg: Mapping) -> bool:
@@ -59,7 +59,7 @@ def set_data_root(cfg: Config, folder: str, *, count_classes: bool = True) -> No
 
     Paths below the old root in data sets and evaluators follow. A classifier of folders gets as
     many classes as there are folders. Annotation files of objects are looked for, see
-    :func:`~dinov3_mm.engine.coco_config.set_coco_root`.
+    :func:`~dinov3_mm.engine.config.coco.set_coco_root`.
 
     Args:
         cfg: a config of a host, changed in place.

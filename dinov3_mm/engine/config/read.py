@@ -1,16 +1,189 @@
-"""Where a run starts: the images and the weights that a command line gives, and their checks."""
+"""What a command line says of a config: its file, options, images and weights."""
 
+import ast
+import os
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict
+import mmengine
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config.utils import ConfigParsingError
 
-from dinov3_mm.checkpoints.released import located
-from dinov3_mm.checkpoints.statistics import Statistics, find_statistics
-from dinov3_mm.engine.autoscale import RECORD
-from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.models.pretraining.distillation_teacher import RANDOM
-from dinov3_mm.suggest import hint
+from dinov3_mm.checkpoints.locate import Statistics, find_statistics, located
+from dinov3_mm.errors import ConfigError, hint
+from dinov3_mm.models.pretraining.distillation import RANDOM
+
+from .auto import RECORD
+from .check import accepted_at, runner_keys, untyped_keys
+
+# --- Config files, also those that inherit from this package's ---
+
+
+_SCOPE = "dinov3_mm"
+# What running a config can raise.
+_OF_PYTHON = (
+    *(ArithmeticError, AttributeError, LookupError, NameError, SyntaxError, TypeError),
+    ConfigParsingError,
+)
+# What running a config can raise.
+_OF_PYTHON = (ArithmeticError, AttributeError, LookupError, NameError, SyntaxError, TypeError)
+
+
+def read_config(path: str | os.PathLike) -> Config:
+    """Read a config file.
+
+    MMEngine marks what comes from ``_base_ = 'dinov3_mm::...'`` with the scope 'dinov3_mm', where
+    it would then look for the modules of mmpretrain, mmseg or mmdet too. The mark is removed: names
+    are looked up in the config's ``default_scope``, as without the detour.
+
+    Raises:
+        ConfigError: the config imports a package whose host is not installed; the message is that
+            of the package, which MMEngine would hide. Or it is no valid Python.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        cfg = Config.fromfile(path)
+    except ImportError as error:
+        raise ConfigError(f"{_first(error)}") from error
+    except _OF_PYTHON as error:
+        raise ConfigError(f"the config cannot be read: {_in_words(error)}") from error
+    _unmark(cfg._cfg_dict)
+    return cfg
+
+
+def _in_words(error: Exception) -> str:
+    """What is wrong in a config, and where, in it or in one that it inherits from."""
+    text = f"{type(error).__name__}: {error.args[0] if error.args else error}"
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {text}"
+    steps = traceback.extract_tb(error.__traceback__)
+    mmengine_from = next(i for i, step in enumerate(steps) if _is_of_mmengine(step.filename))
+    inside = [step for step in steps[mmengine_from:] if step.name == "<module>"]
+    return f"{inside[-1].filename}, line {inside[-1].lineno}: {text}" if inside else text
+
+
+def _is_of_mmengine(path: str) -> bool:
+    return Path(mmengine.__file__).parent in Path(path).parents
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error with which it all began."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
+
+
+def _unmark(part: object) -> None:
+    if isinstance(part, dict):
+        if part.get("_scope_") == _SCOPE:
+            del part["_scope_"]
+        part = list(part.values())
+    if isinstance(part, (list, tuple)):
+        for value in part:
+            _unmark(value)
+
+
+# --- ``--cfg-options key.path=value``: parsed, checked against the config, then set ---
+
+
+def parse_options(options: Sequence[str]) -> dict[str, object]:
+    """Split ``KEY=VALUE`` words.
+
+    A value is a Python literal (``1e-4``, ``[1, 2]``, ``None``), ``true`` or ``false``, MMEngine's
+    ``a,b`` or ``[a,b]`` list of bare words, or else the text itself, spaces included.
+
+    Raises:
+        ConfigError: If a word has no ``=``.
+    """
+    parsed = {}
+    for option in options:
+        key, separator, text = option.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--cfg-options: expected KEY=VALUE, got {option!r}")
+        parsed[key] = _parse_value(text)
+    return parsed
+
+
+def apply_options(cfg: Config, options: Mapping[str, object]) -> None:
+    """Set the values of ``options`` in ``cfg``.
+
+    A path must lead to a value that the config has, or be an argument of the ``type`` that the
+    config has there, or be a top-level Runner key.
+
+    Args:
+        cfg (Config): The config.
+        options (Mapping[str, object]): Dotted paths and values; a list element is named by its
+            index, ``custom_hooks.0.interval``.
+
+    Raises:
+        ConfigError: With one line per path that does not exist and the nearest name.
+    """
+    findings = [finding for path in options if (finding := _check_path(cfg, path)) is not None]
+    if findings:
+        raise ConfigError("\n".join(findings))
+    for path, value in options.items():
+        *parents, leaf = path.split(".")
+        node: object = cfg
+        for key in parents:
+            node = node[int(key) if isinstance(node, list) else key]
+        node[int(leaf) if isinstance(node, list) else leaf] = value
+
+
+def _parse_value(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        pass
+    if " " in text and not text.startswith(("[", "(")):
+        return text
+    return DictAction._parse_iterable(text)
+
+
+def _check_path(cfg: Config, path: str) -> str | None:
+    """A finding if ``path`` leads nowhere in the config."""
+    node: object = cfg
+    *parents, leaf = path.split(".")
+    first = path.split(".")[0]
+    if first in cfg and first not in runner_keys(cfg):
+        return (
+            f"--cfg-options {path}: {first!r} is a helper variable, which nobody reads once the "
+            "file has been evaluated; set the value where it is used"
+        )
+    owner_key = None
+    for depth, key in enumerate([*parents, leaf]):
+        place = ".".join(parents[:depth])
+        known = _children(cfg, node, owner_key, place, is_leaf=depth == len(parents))
+        if known is not None and key not in known:
+            owner = place or "the config"
+            return f"--cfg-options {path}: {owner} has no {key!r}; {hint(key, known)}"
+        if depth < len(parents):
+            node = node[int(key) if isinstance(node, list) else key]
+            owner_key = owner_key if key.isdigit() else key
+    return None
+
+
+def _children(
+    cfg: Config, node: object, owner_key: str | None, place: str, *, is_leaf: bool
+) -> set[str] | None:
+    """Names that may follow at ``node``, which is at ``place``; None when any may."""
+    if isinstance(node, list):
+        return {str(index) for index in range(len(node))}
+    if not isinstance(node, (Mapping, Config)):
+        return set()
+    names = set(node)
+    if not is_leaf:
+        return names
+    if node is cfg:
+        return names | runner_keys(cfg)
+    if "type" not in node:
+        return names | untyped_keys(cfg).get(place, frozenset())
+    accepted = accepted_at(node, owner_key)
+    return None if accepted is None else names | accepted
+
+
+# --- Where a run starts: the images and the weights that a command line gives, and their checks ---
+
 
 FOLDER = "ImageFolder"
 INITIALIZER = "DINOv3Pretrained"

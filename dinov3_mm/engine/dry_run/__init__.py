@@ -1,8 +1,7 @@
 """A training step of any config on any number of ranks, in one CPU process without data."""
 
 from .config import check_file
-from .report import print_report
-from .run import DryRunReport, dry_run, dry_runs
+from .run import DryRunReport, dry_run, dry_runs, print_report
 from .step import StepRecord, UnpredictableStepError
 
 __all__ = [

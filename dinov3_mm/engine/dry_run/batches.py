@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from dinov3_mm.datasets import BatchLayout, MaskPlanner, MultiCropCollate
 from dinov3_mm.datasets.loader import check_sizes
-from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.errors import ConfigError
 
 NUM_GLOBAL_CROPS = 2
 

@@ -32,10 +32,10 @@ _DIFFERENTIABLE = "distributed/nn/functional"
 # Part of the file that asked for it: purpose.
 _PURPOSES = {
     "losses/sinkhorn": "Sinkhorn-Knopp",
-    "losses/chunked_prototypes": "Sinkhorn-Knopp",
+    "losses/prototypes": "Sinkhorn-Knopp",
     "losses/koleo": "KoLeo",
     "pretraining/groups": "crops and features of all ranks",
-    "optim/wrapper": "gradient norm",
+    "optim/optimizer": "gradient norm",
     "_fsdp_collectives": "parameters and gradients (FSDP2)",
     "dry_run/fake_world": "gradients (DDP)",
     "pretraining/diagnostics": "diagnosis",

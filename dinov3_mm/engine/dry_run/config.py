@@ -4,13 +4,17 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from dinov3_mm.engine.autoscale import DataFacts, resolve_auto
-from dinov3_mm.engine.autoscale.resolve import auto_places, gpu_gib
-from dinov3_mm.engine.autoscale.rules import held_out_every
-from dinov3_mm.engine.config import ConfigError, check_config, fill_defaults
-from dinov3_mm.engine.starting_point import settle_data
-from dinov3_mm.evaluation.held_out import HeldOutSplit
-from dinov3_mm.suggest import nearest
+from dinov3_mm.datasets.evaluation_images import HeldOutSplit
+from dinov3_mm.engine.config import check_config, fill_defaults
+from dinov3_mm.engine.config.auto import (
+    DataFacts,
+    auto_places,
+    gpu_gib,
+    held_out_every,
+    resolve_auto,
+)
+from dinov3_mm.engine.config.read import settle_data
+from dinov3_mm.errors import ConfigError, nearest
 
 SINGLE = "PretrainStrategy"
 DDP = "PretrainDDPStrategy"

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dinov3_mm.engine.optim import wrapper
+from dinov3_mm.engine.optim import optimizer as wrapper
 
 from .fake_cuda import fake_cuda, swap_watched
 

@@ -18,13 +18,16 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.checkpoint import metadata
 from torch.utils._pytree import tree_map_only
 
-from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.cuda_graphs import check_settings
-from dinov3_mm.engine.fsdp2.initialisation import materialise
-from dinov3_mm.engine.networks import backbones_of, networks_of
 from dinov3_mm.engine.optim import PretrainOptimWrapper
-from dinov3_mm.engine.runner.sharded_state import allocate_moments, optimizer_tensors
-from dinov3_mm.engine.strategy import PretrainStrategy
+from dinov3_mm.engine.strategies.ddp import (
+    PretrainStrategy,
+    backbones_of,
+    check_settings,
+    networks_of,
+)
+from dinov3_mm.engine.strategies.fsdp2 import materialise
+from dinov3_mm.engine.training_state import allocate_moments, optimizer_tensors
+from dinov3_mm.errors import ConfigError
 from dinov3_mm.models.layers.fp8 import enable_fp8
 
 from .config import FSDP2, strategy_name

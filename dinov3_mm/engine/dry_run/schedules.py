@@ -12,7 +12,6 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from dinov3_mm.datasets import BatchLayout
-from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.hooks import (
     DistillationHook,
     GramAnchorHook,
@@ -21,6 +20,7 @@ from dinov3_mm.engine.hooks import (
     TeacherEMAHook,
 )
 from dinov3_mm.engine.optim import Schedule, build_schedule
+from dinov3_mm.errors import ConfigError
 from dinov3_mm.models.pretraining.multi_distillation import check_names
 
 _STEP_HOOKS = (OptimScheduleHook, TeacherEMAHook, GramAnchorHook, DistillationHook)

@@ -11,9 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_leaves
 
-from dinov3_mm.engine.config import ConfigError
 from dinov3_mm.engine.hooks import TeacherEMAHook
 from dinov3_mm.engine.optim import PretrainOptimWrapper
+from dinov3_mm.errors import ConfigError
 
 from .batches import CropSet, describe_batch, make_batch
 from .collectives import Collective, CollectiveLog

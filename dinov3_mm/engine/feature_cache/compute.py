@@ -18,25 +18,29 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from dinov3_mm.checkpoints import atomic_write
-from dinov3_mm.checkpoints.fingerprint import fingerprint
+from dinov3_mm.checkpoints.frozen import fingerprint
 from dinov3_mm.datasets.images import BrokenImageError
 from dinov3_mm.datasets.loader import init_worker
-from dinov3_mm.datasets.loading import ORIENTATION
-from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.precision import (
-    DTYPES,
-    SWITCH,
-    describe_choice,
-)
-from dinov3_mm.evaluation.ranks import together
-from dinov3_mm.features.files import FileState, file_states, is_same, some
-from dinov3_mm.features.shards import SHARD_BYTES
-from dinov3_mm.suggest import hint
+from dinov3_mm.datasets.transforms.host_steps import ORIENTATION
+from dinov3_mm.errors import ConfigError, hint
+from dinov3_mm.features.frozen import together
+from dinov3_mm.features.store import SHARD_BYTES, FileState, file_states, is_same, some
+from dinov3_mm.models.precision import DTYPES, SWITCH, describe_choice
 
-from .frozen import CachedModel, NotCacheableError, SeenError, recorded
 from .store import Batch, Call, FeatureStore, Place, Sample, flatten, map_outputs, origin_key
 from .store import size_of as size_of_sample
-from .views import Views, drawn_from, for_features, plain, stamp, without_pipeline
+from .views import (
+    CachedModel,
+    NotCacheableError,
+    SeenError,
+    Views,
+    drawn_from,
+    for_features,
+    plain,
+    recorded,
+    stamp,
+    without_pipeline,
+)
 
 ORIGIN = "origin.json"
 _TRIES = 8

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.features.files import FileState
-from dinov3_mm.features.shards import map_tensors, read_shard_header, write_shard
+from dinov3_mm.errors import ConfigError
+from dinov3_mm.features.store import FileState, map_tensors, read_shard_header, write_shard
 
 _OPEN_SHARDS = 64
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}

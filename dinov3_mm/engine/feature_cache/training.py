@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from dinov3_mm.datasets.class_names import parts_of
-from dinov3_mm.engine.coco_config import settle_objects
-from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.features.files import some
+from dinov3_mm.engine.config.coco import settle_objects
+from dinov3_mm.errors import ConfigError
+from dinov3_mm.features.store import some
 
 from .compute import (
     DiskError,
@@ -28,19 +28,17 @@ from .compute import (
     image_keys,
     place_of,
 )
-from .frozen import (
-    CachedModel,
-    NotCacheableError,
-    build_cached_model,
-    detour,
-    frozen_part,
-)
 from .store import Call, FeatureStore, map_outputs
 from .views import (
     SIZE,
+    CachedModel,
+    NotCacheableError,
     Views,
+    build_cached_model,
+    detour,
     drawn_from,
     for_labels,
+    frozen_part,
     stamp,
     training_views,
     validation_views,

@@ -1,23 +1,16 @@
 """Hooks: the life cycle of the model's parts, schedules, checkpoints, progress, evaluation."""
 
-from .checkpoint import PretrainCheckpointHook
+from .checkpoint import ExportTeacherHook, PretrainCheckpointHook
 from .class_check import ClassCheckHook
-from .diagnosis import DiagnosisHook
-from .distillation import DistillationHook
-from .evaluation import DenseProbeHook, KNNEvalHook, RetrievalEvalHook
-from .export import ExportTeacherHook
-from .folder_evaluation import FolderEvalHook, SummaryHook
-from .frozen_backbone import FrozenBackboneHook
-from .gram_anchor import GramAnchorHook
-from .guards import CollapseGuardHook, NonFiniteGuardHook
-from .host_checkpoint import HostCheckpointHook
-from .label_check import DepthCheckHook, LabelCheckHook
-from .logging import ProgressHook
+from .data_checks import DepthCheckHook, LabelCheckHook, ScheduleCheckHook
+from .downstream_checkpoint import FrozenBackboneHook, HostCheckpointHook
+from .evaluation import DenseProbeHook, FolderEvalHook, KNNEvalHook, RetrievalEvalHook, SummaryHook
+from .guards import CollapseGuardHook, DiagnosisHook, NonFiniteGuardHook
 from .per_student import PerStudentHook
+from .progress import ProgressHook
 from .resume import ResumeHook
-from .schedule import OptimScheduleHook
-from .schedule_check import ScheduleCheckHook
-from .teacher_ema import TeacherEMAHook
+from .schedule import OptimScheduleHook, TeacherEMAHook
+from .teachers import DistillationHook, GramAnchorHook
 
 __all__ = [
     "ClassCheckHook",

@@ -34,7 +34,7 @@ class ClassCheckHook(Hook):
     """Matches the classes of all data sets by name, and ends a run that the rest cannot fit.
 
     For classifiers and segmentors; detectors have
-    :func:`~dinov3_mm.engine.coco_config.settle_objects`. Validation gets the labels of training by
+    :func:`~dinov3_mm.engine.config.coco.settle_objects`. Validation gets the labels of training by
     name, whatever its folders are; a run that goes on from a checkpoint keeps the order of the
     outputs that are stored there; a test follows its checkpoint. On a GPU a label beyond the last
     output is an assertion in a kernel, without the label: numbers are looked at before the first

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from dinov3_mm.engine.students.view import StudentRunner
+from dinov3_mm.engine.strategies.students import StudentRunner
 from dinov3_mm.models.pretraining.multi_distillation import PREFIX, check_names
 
 STATE_KEY = "students"

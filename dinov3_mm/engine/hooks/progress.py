@@ -1,18 +1,24 @@
 """Progress and metrics of a pretraining run."""
 
+import atexit
+import logging
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import timedelta
 
-from mmengine.dist import is_main_process
+import psutil
+import torch
+from mmengine.dist import all_gather_object, all_reduce, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from torch import Tensor
 
 from dinov3_mm.models.pretraining.multi_distillation import PREFIX
-
-from .console import ProgressBar, RunClock, memory_text
-from .metric_window import MetricWindow
 
 # What a log line and the bar show, if it was measured; everything goes to the writers.
 SHOWN = ("loss", "dino_local_loss", "dino_global_loss", "ibot_loss", "koleo_loss", "gram_loss")
@@ -129,3 +135,145 @@ class ProgressHook(Hook):
                 f"{values[name]:.4f}" for name in ("loss", *students) if name in values
             )
             self._bar.show(f"loss {loss}  {rates}")
+
+
+# --- Means of training metrics over a log interval, with one read from the device per interval ---
+
+
+class MetricWindow:
+    """Collects scalars as they come and averages them when asked.
+
+    Adding keeps a reference and does no work on the device, so it neither waits for the GPU nor
+    launches a kernel. A metric that appears only in some steps is averaged over those.
+
+    Args:
+        differs (bool): Processes may have different metrics; each is then averaged over those that
+            have it.
+    """
+
+    def __init__(self, differs: bool = False) -> None:
+        self._differs = differs
+        self._tensors: dict[str, list[Tensor]] = defaultdict(list)
+        self._numbers: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Take one step's metrics: scalar tensors or numbers."""
+        for name, value in metrics.items():
+            if isinstance(value, Tensor):
+                self._tensors[name].append(value)
+            else:
+                self._numbers[name].append(float(value))
+
+    def take(self) -> dict[str, float]:
+        """Mean of each metric since the last call, tensors also over processes; starts anew.
+
+        Every process must call it in the same step, with the same metrics unless they differ.
+        """
+        means = {name: sum(values) / len(values) for name, values in self._numbers.items()}
+        if self._tensors:
+            rows = [torch.stack(values).float().mean() for values in self._tensors.values()]
+            device = rows[0].device
+            stacked = torch.stack([row.to(device) for row in rows])
+            if not self._differs:
+                all_reduce(stacked, "mean")
+            means.update(zip(self._tensors, stacked.tolist(), strict=True))
+        self._tensors.clear()
+        self._numbers.clear()
+        return _mean_of_those_who_have(all_gather_object(means)) if self._differs else means
+
+
+def _mean_of_those_who_have(parts: list[dict[str, float]]) -> dict[str, float]:
+    values: dict[str, list[float]] = defaultdict(list)
+    for part in parts:
+        for name, value in part.items():
+            values[name].append(value)
+    return {name: sum(each) / len(each) for name, each in values.items()}
+
+
+# --- What a person sees of a running training: a live bar on a terminal, lines elsewhere ---
+
+
+_STREAM = logging.StreamHandler
+
+
+class ProgressBar:
+    """A rich bar at the bottom of the terminal; log lines scroll above it.
+
+    Args:
+        logger (logging.Logger): Its console handler writes through the bar while it lives, and
+            skips records that carry ``on_bar``: the bar shows them.
+        total (int): Steps of the run.
+        done (int): Steps done before.
+    """
+
+    def __init__(self, logger: logging.Logger, *, total: int, done: int) -> None:
+        self._progress = Progress(
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[status]}"),
+            console=Console(),
+        )
+        self._task = self._progress.add_task("train", total=total, completed=done, status="")
+        self._handlers = [
+            handler
+            for handler in logger.handlers
+            if type(handler) is _STREAM and handler.stream is sys.stdout
+        ]
+        self._progress.start()
+        atexit.register(self.close)  # a run that dies of an error gives the terminal back as well
+        for handler in self._handlers:
+            handler.setStream(sys.stdout)
+            handler.addFilter(_is_not_on_bar)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._progress.advance(self._task)
+
+    def show(self, status: str) -> None:
+        """Replace the text beside the bar."""
+        self._progress.update(self._task, status=status)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        atexit.unregister(self.close)
+        self._progress.stop()
+        for handler in self._handlers:
+            handler.setStream(sys.stdout)
+            handler.removeFilter(_is_not_on_bar)
+
+
+class RunClock:
+    """Wall time of a run, evaluation and checkpoints included, for its ETA."""
+
+    def __init__(self, *, done: int, total: int) -> None:
+        self._began = time.perf_counter()
+        self._first, self._total = done, total
+
+    def eta(self, done: int) -> timedelta:
+        """Expected time to the end after ``done`` steps."""
+        per_step = (time.perf_counter() - self._began) / max(1, done - self._first)
+        return timedelta(seconds=round(per_step * (self._total - done)))
+
+
+def memory_text() -> str:
+    """Peak CUDA memory, or the resident memory of this process and its loader workers."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB CUDA"
+    return f"{resident_bytes() / 2**30:.2f} GiB"
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process and its children; pages that they share count repeatedly."""
+    process = psutil.Process()
+    total = process.memory_info().rss
+    for child in process.children(recursive=True):
+        try:
+            total += child.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def _is_not_on_bar(record: logging.LogRecord) -> bool:
+    return not hasattr(record, "on_bar")

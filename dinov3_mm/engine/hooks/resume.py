@@ -15,8 +15,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
-from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.host_config import is_host_config
+from dinov3_mm.engine.config.check import is_host_config
 from dinov3_mm.engine.resume import (
     RUN,
     Difference,
@@ -30,7 +29,8 @@ from dinov3_mm.engine.resume import (
     saved_checkpoints,
     unit_of,
 )
-from dinov3_mm.engine.runner.training_state import refuse_mismatch
+from dinov3_mm.engine.training_state import refuse_mismatch
+from dinov3_mm.errors import ConfigError
 
 # State of MMEngine's schedulers that moves, beside what the config says.
 _MOVING = frozenset({"last_step", "_global_step", "_last_value", "verbose"})

@@ -1,18 +1,25 @@
 """Schedules, parameter groups and the optimizer wrapper of DINOv3 pretraining."""
 
-from .constructor import PretrainOptimConstructor
 from .head_schedules import MultiStepShareLR, WarmupOneCycleLR, WarmupOneCycleMomentum
 from .layer_decay import LayerDecayOptimConstructor
-from .param_groups import BACKBONE, ParamMultipliers, build_param_groups, param_multipliers
-from .schedule_config import build_schedule, lr_scale, scale_lr_schedule
+from .optimizer import (
+    BACKBONE,
+    ParamMultipliers,
+    PretrainOptimConstructor,
+    PretrainOptimWrapper,
+    build_param_groups,
+    param_multipliers,
+)
 from .schedules import (
     ConstantSchedule,
     CosineSchedule,
     LinearSchedule,
     Schedule,
     WarmupCosineSchedule,
+    build_schedule,
+    lr_scale,
+    scale_lr_schedule,
 )
-from .wrapper import PretrainOptimWrapper
 
 __all__ = [
     "BACKBONE",

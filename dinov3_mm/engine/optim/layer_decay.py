@@ -10,11 +10,11 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
-from dinov3_mm.models.backbones.convnext_trunk import ConvNeXtTrunk
+from dinov3_mm.errors import hint
+from dinov3_mm.models.backbones.convnext import ConvNeXtTrunk
 from dinov3_mm.models.backbones.vit_trunk import ViTTrunk
-from dinov3_mm.suggest import hint
 
-from .param_groups import param_multipliers, plain_name
+from .optimizer import param_multipliers, plain_name
 
 PARAMWISE_KEYS = ("layerwise_decay", "patch_embed_lr_mult", "head_lr_mult", "custom_keys")
 CUSTOM_KEYS = ("lr_mult", "decay_mult")

@@ -2,8 +2,7 @@
 
 from .backbones import UnknownStepError
 from .options import Option, option_of
-from .report import print_plan
-from .run import OptionPlan, Plan, make_plan, own_peaks
+from .run import OptionPlan, Plan, make_plan, own_peaks, print_plan
 
 __all__ = [
     "Option",

@@ -27,7 +27,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.errors import ConfigError
 from dinov3_mm.models.backbones import DINOv3ConvNeXt
 from dinov3_mm.models.backbones.vit_trunk import ViTTrunk
 from dinov3_mm.models.layers import ffn_hidden_dims

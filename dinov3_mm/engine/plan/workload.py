@@ -7,7 +7,7 @@ from mmengine.config import Config
 from torch import nn
 
 from dinov3_mm.engine.dry_run.batches import NUM_GLOBAL_CROPS, CropSet
-from dinov3_mm.engine.networks import networks_of, units_of
+from dinov3_mm.engine.strategies.ddp import networks_of, units_of
 from dinov3_mm.models.pretraining import DistillationTeachers
 
 from .backbones import Backbone, Crops, UnknownStepError, read_backbone

@@ -1,10 +1,12 @@
-"""FlexibleRunner strategies for pretraining: one process, or one per GPU (or CPU rank) with DDP."""
+"""FlexibleRunner strategies of one process or DDP; how networks are compiled and captured."""
 
 import logging
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import mmengine
 import torch
@@ -13,20 +15,240 @@ from mmengine.dist import is_main_process
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.registry import STRATEGIES
 from torch import nn
+from torch.compiler import config as compiler_config
+from torch.utils._triton import has_triton_package
 
 import dinov3_mm
-from dinov3_mm.datasets.randomness import torch_seed
-from dinov3_mm.engine.cuda_graphs import COMPILE_OPTIONS, check_device, mark_steps
-from dinov3_mm.engine.networks import backbones_of, compile_units, decide_compile
-from dinov3_mm.engine.runner.launch import failing_together
-from dinov3_mm.engine.runner.sharded_state import load_sharded_state
-from dinov3_mm.engine.runner.training_state import (
+from dinov3_mm.datasets.order import torch_seed
+from dinov3_mm.engine.launch import failing_together
+from dinov3_mm.engine.training_state import (
     load_model_state,
+    load_sharded_state,
     read_training_state,
     write_training_state,
 )
 from dinov3_mm.models.layers.fp8 import enable_fp8
 from dinov3_mm.models.losses import compile_losses
+from dinov3_mm.models.pretraining import DistillationTeachers
+
+# --- The networks of the algorithm and the parts that are compiled and sharded one at a time ---
+
+
+# Kinds of inputs, and widths of a ConvNeXt, for which one block may be compiled; torch's own limit
+# of 8 would leave a network uncompiled halfway.
+_MAX_KINDS = 64
+
+# Networks of the algorithm that run on their own; each holds a backbone and perhaps heads.
+NETWORKS = ("student", "teacher", "gram_teacher", "distillation_teacher")
+
+
+def networks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every network of the algorithm that is there.
+
+    Those of several students and of several distillation teachers are named apart.
+    """
+    for student, algorithm in getattr(model, "students", {}).items():
+        for name, network in networks_of(algorithm):
+            yield f"students.{student}.{name}", network
+    for name in NETWORKS:
+        network = getattr(model, name, None)
+        if isinstance(network, DistillationTeachers):
+            for teacher, each in network.items():
+                yield f"{name}.{teacher}", each
+        elif isinstance(network, nn.Module):
+            yield name, network
+
+
+def backbones_of(model: nn.Module) -> list[nn.Module]:
+    """The backbone of every network of the algorithm."""
+    return [
+        child
+        for _, network in networks_of(model)
+        for name, child in network.named_children()
+        if name == "backbone"
+    ]
+
+
+def units_of(backbone: nn.Module) -> list[nn.Module]:
+    """Parts of a backbone in the order of their forward pass: its blocks, for a convolutional one
+    with the down-sampling before each stage.
+    """
+    if hasattr(backbone, "blocks"):
+        return list(backbone.blocks)
+    if hasattr(backbone, "downsample_layers"):
+        stages = zip(backbone.downsample_layers, backbone.stages)
+        return [unit for downsample, blocks in stages for unit in (downsample, *blocks)]
+    return []
+
+
+def compile_units(model: nn.Module, **options: Any) -> int:
+    """Compile every block of every network on its own, in place; names of parameters stay.
+
+    Blocks are alike, so one compilation serves all of them, and the loop over blocks stays plain
+    Python.
+
+    Args:
+        model: the algorithm.
+        **options: of ``torch.compile``.
+
+    Returns:
+        How many parts were compiled.
+    """
+    _keep_instruction_sets_apart()
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MAX_KINDS)
+    units = [unit for backbone in backbones_of(model) for unit in units_of(backbone)]
+    for unit in units:
+        unit.compile(**options)
+    return len(units)
+
+
+def _keep_instruction_sets_apart() -> None:
+    """Cache what is compiled for the processor at hand under its instruction set.
+
+    Inductor's cached C++ loops advance by the width of the vectors that they were written for, but
+    its key names GPUs only. In a home folder that several kinds of machines share, a graph for
+    AVX-512 would be loaded under AVX2 and write past the end of its tensors.
+    """
+    tag = f"cpu:{torch.backends.cpu.get_cpu_capability()}"
+    if tag not in compiler_config.cache_key_tag:
+        compiler_config.cache_key_tag += tag
+
+
+def decide_compile(setting: bool | str, device: torch.device) -> tuple[bool, str | None]:
+    """Whether blocks and losses are compiled, and why not if that was wished for or left open.
+
+    Args:
+        setting: ``compile_blocks`` of a strategy: 'auto' compiles on a GPU that has what it takes.
+        device: where the model trains.
+
+    Raises:
+        ValueError: another setting.
+        RuntimeError: True on a machine that cannot compile.
+    """
+    if setting not in (True, False, "auto"):
+        raise ValueError(f"compile_blocks is {setting!r}; expected True, False or 'auto'")
+    if not setting:
+        return False, None
+    if setting == "auto" and device.type != "cuda":
+        return False, f"off on {device.type} (compile_blocks='auto' compiles on a GPU)"
+    obstacle = compile_obstacle(device)
+    if obstacle is None:
+        return True, None
+    if setting == "auto":
+        return False, f"off, the run is slower than it could be: {obstacle}"
+    raise RuntimeError(
+        f"strategy.compile_blocks=True: {obstacle}. Or train without: "
+        "--cfg-options strategy.compile_blocks=False"
+    )
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine for ``device``; None if nothing."""
+    kind, variable, names = ("C++", "CXX", ("g++", "clang++"))
+    if device.type == "cuda":
+        # Triton compiles a small launcher for every kernel.
+        kind, variable, names = ("C", "CC", ("gcc", "clang"))
+        if not has_triton_package():
+            return "torch.compile needs triton, which is not installed; install it"
+        if torch.cuda.device_count():
+            major, minor = torch.cuda.get_device_capability(device)
+            if major < 7:
+                found = f"{device} has {major}.{minor}"
+                return f"torch.compile needs compute capability 7.0, and {found}"
+    wanted = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ((wanted,) if wanted else names)):
+        sought = f"{variable}={wanted}" if wanted else " or ".join(names)
+        return (
+            f"torch.compile needs a {kind} compiler, and there is no {sought}; install one or name "
+            f"it by the variable {variable}"
+        )
+    return None
+
+
+# --- CUDA graphs of compiled blocks: what they need, and the mark that begins a step ---
+#
+# torch records one graph for each block and shape of its input and replays it, which saves the
+# launch of its kernels. A recorded graph owns the memory of its results until the next step
+# begins.
+
+
+# What a block is compiled with: no graph breaks, and a recording for every shape.
+COMPILE_OPTIONS = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
+
+
+def check_device(device: torch.device) -> None:
+    """Raise a ``ValueError`` unless ``device`` is a GPU."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"strategy.cuda_graphs=True needs a CUDA device, and this process trains on "
+            f"{device.type}; leave it out (compile_blocks=True alone works everywhere)"
+        )
+
+
+def check_settings(cfg: Mapping) -> None:
+    """Refuse a config whose steps cannot be replayed; nothing without ``strategy.cuda_graphs``.
+
+    Raises:
+        ValueError: with all reasons.
+    """
+    if not (cfg.get("strategy") or {}).get("cuda_graphs"):
+        return
+    findings = list(_conflicts(cfg))
+    if findings:
+        raise ValueError(
+            f"strategy.cuda_graphs=True does not go with {'; '.join(findings)}. Change that, or "
+            "leave cuda_graphs out"
+        )
+
+
+def _conflicts(cfg: Mapping) -> Iterator[str]:
+    strategy, model = cfg["strategy"], cfg.get("model") or {}
+    kind = strategy.get("type")
+    if (kind if isinstance(kind, str) else getattr(kind, "__name__", "")) == "FSDP2Strategy":
+        yield (
+            "FSDP2Strategy, which gathers the parameters of a block into other memory in each "
+            "pass, while a graph reads them where they lay when it was recorded "
+            "(PretrainDDPStrategy keeps them in place)"
+        )
+    if not strategy.get("compile_blocks"):
+        yield "compile_blocks=False: the graphs are those of compiled blocks"
+    students = model.get("students") or {}
+    if students:
+        yield "several students, which take turns within a step"
+    with_cp = (model.get("backbone") or {}).get("with_cp", False)
+    if with_cp:
+        yield (
+            f"model.backbone.with_cp={with_cp!r}: blocks that run again in the backward pass would "
+            "overwrite what their graph still owns"
+        )
+    transform = (cfg.get("train_dataloader") or {}).get("transform") or {}
+    sizes = transform.get("size_sets") or ()
+    if len(sizes) > 1:
+        yield (
+            f"train_dataloader.transform with {len(sizes)} sets of crop sizes: every size is "
+            "recorded, and each recording keeps its memory"
+        )
+    accumulate = (cfg.get("train_cfg") or {}).get("accumulate", 1)
+    if accumulate > 1:
+        yield (
+            f"train_cfg.accumulate={accumulate}: gradients of an earlier micro batch lie in memory "
+            "that the next replay overwrites"
+        )
+
+
+def mark_steps(model: nn.Module) -> None:
+    """Let every forward pass of the algorithm begin a step: earlier results may be overwritten."""
+    model.register_forward_pre_hook(_begin_step)
+
+
+def _begin_step(*_: object) -> None:
+    torch.compiler.cudagraph_mark_step_begin()
+
+
+# --- FlexibleRunner strategies for pretraining: one process, or one per GPU (or CPU rank) with
+# DDP
+
 
 # Iteration whose random numbers initialise the model.
 BEFORE_THE_FIRST_STEP = -1
@@ -39,7 +261,7 @@ DDP_SETTINGS = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
 class PretrainStrategy(SingleDeviceStrategy):
     """One process, on CUDA where there is a GPU and on the CPU elsewhere.
 
-    Checkpoints are those of :mod:`dinov3_mm.engine.runner.training_state`: complete or absent, and
+    Checkpoints are those of :mod:`dinov3_mm.engine.training_state`: complete or absent, and
     read without unpickling.
 
     Args:

@@ -1,32 +1,324 @@
-"""FlexibleRunner strategy on PyTorch's ``fully_shard``."""
+"""FlexibleRunner strategy on PyTorch's ``fully_shard``: what is sharded, how it starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from mmengine.dist import is_main_process
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, STRATEGIES
-from torch import nn
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from dinov3_mm.checkpoints.sharding import gather_whole
-from dinov3_mm.checkpoints.unread import reading_for_shards
-from dinov3_mm.datasets.randomness import torch_seed
-from dinov3_mm.engine.runner.sharded_state import (
-    finish,
-    new_background_group,
-    save_sharded_state,
-)
-from dinov3_mm.engine.strategy import BEFORE_THE_FIRST_STEP, PretrainStrategy, training_device
+from dinov3_mm.checkpoints.load import gather_whole, reading_for_shards
+from dinov3_mm.datasets.order import torch_seed
+from dinov3_mm.engine.training_state import finish, new_background_group, save_sharded_state
 
-from .accumulation import GradientReduction
-from .alignment import check_alignment
-from .initialisation import WholeTensorDraws, check_initialised, materialise
-from .sharding import ShardingPolicy, build_mesh, shard_model, sharded_modules
+from .ddp import BEFORE_THE_FIRST_STEP, PretrainStrategy, networks_of, training_device, units_of
+
+# --- How the networks of the algorithm are cut into shards with PyTorch's ``fully_shard`` ---
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_FORWARD_METHODS = ("forward_tokens", "forward_features", "get_intermediate_layers")
+
+
+@dataclass(frozen=True)
+class ShardingPolicy:
+    """What FSDP2 is told.
+
+    Attributes:
+        param_dtype: dtype in which parameters are gathered; None keeps float32.
+        reduce_dtype: dtype in which gradients are reduced.
+        reshard_after_forward: free the gathered parameters of a block of the student after its
+            forward pass (they are gathered again for the backward pass); False keeps them: more
+            memory, less communication. Teachers always free theirs.
+        num_prefetch: blocks whose parameters are gathered ahead of use.
+    """
+
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype = torch.float32
+    reshard_after_forward: bool = True
+    num_prefetch: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        param_dtype: str = "fp32",
+        reduce_dtype: str = "fp32",
+        reshard_after_forward: bool = True,
+        num_prefetch: int = 1,
+    ) -> "ShardingPolicy":
+        """The policy of the arguments of ``FSDP2Strategy``.
+
+        Raises:
+            ValueError: an unknown dtype.
+        """
+        for name, value in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
+            if value not in DTYPES:
+                raise ValueError(f"{name} must be one of {tuple(DTYPES)}, got {value!r}")
+        return cls(
+            param_dtype=None if param_dtype == "fp32" else DTYPES[param_dtype],
+            reduce_dtype=DTYPES[reduce_dtype],
+            reshard_after_forward=reshard_after_forward,
+            num_prefetch=num_prefetch,
+        )
+
+    @property
+    def mixed_precision(self) -> MixedPrecisionPolicy:
+        # Inputs are not cast: RoPE tables and targets of the losses stay float32.
+        return MixedPrecisionPolicy(
+            param_dtype=self.param_dtype, reduce_dtype=self.reduce_dtype, cast_forward_inputs=False
+        )
+
+
+def build_mesh(device_type: str, num_replicas: int) -> DeviceMesh:
+    """All ranks of the default process group, in one dimension or as replicas of shards.
+
+    Raises:
+        ValueError: the ranks cannot be cut into the replicas.
+    """
+    ranks = dist.get_world_size()
+    if num_replicas < 1 or ranks % num_replicas:
+        raise ValueError(f"num_replicas={num_replicas} does not divide {ranks} ranks")
+    if num_replicas == 1:
+        return device_mesh.init_device_mesh(device_type, (ranks,), mesh_dim_names=("shard",))
+    shape = (num_replicas, ranks // num_replicas)
+    return device_mesh.init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, policy: ShardingPolicy) -> nn.Module:
+    """Shard every network of the algorithm over ``mesh``, in place.
+
+    A block, the rest of a backbone and a head are one unit each. A mesh of two dimensions
+    replicates over the first and shards over the second (HSDP).
+
+    Args:
+        model: the algorithm, on any device including meta.
+        mesh: one or two dimensions.
+        policy: precision, resharding, prefetching.
+    """
+    for _, network in networks_of(model):
+        # A backward pass frees what stays gathered; a teacher has none.
+        is_trained = any(param.requires_grad for param in network.parameters())
+        settings = {
+            "mesh": mesh,
+            "mp_policy": policy.mixed_precision,
+            "reshard_after_forward": policy.reshard_after_forward or not is_trained,
+        }
+        for name, child in network.named_children():
+            if name == "backbone":
+                _shard_backbone(child, settings, policy.num_prefetch)
+            else:
+                fully_shard(child, **settings)
+                register_fsdp_forward_method(child, "project_and_prototypes")
+    return model
+
+
+def _shard_backbone(backbone: nn.Module, settings: dict, num_prefetch: int) -> None:
+    units = units_of(backbone)
+    for unit in units:
+        fully_shard(unit, **settings)
+    fully_shard(backbone, **settings)
+    for method in _FORWARD_METHODS:
+        if hasattr(backbone, method):
+            register_fsdp_forward_method(backbone, method)
+    for index, unit in enumerate(units):
+        ahead = units[index + 1 : index + 1 + num_prefetch]
+        behind = units[max(0, index - num_prefetch) : index][::-1]
+        if ahead:
+            unit.set_modules_to_forward_prefetch(ahead)
+        if behind:
+            unit.set_modules_to_backward_prefetch(behind)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Every unit of the model that FSDP2 manages."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+# --- When sharded gradients of several micro batches are reduced ---
+
+
+class GradientReduction:
+    """Tells the units of a sharded model whether the coming backward pass reduces gradients.
+
+    By default only that of the last micro batch of a step does: the others add up the whole
+    gradients of every unit, in the dtype of the reduction, on every rank. With
+    ``every_micro_batch`` each backward pass reduces and only shards are kept; replicas (HSDP) are
+    still averaged once a step.
+
+    Args:
+        model: the sharded algorithm.
+        every_micro_batch: less memory for more traffic.
+    """
+
+    def __init__(self, model: nn.Module, *, every_micro_batch: bool = False) -> None:
+        self._units = sharded_modules(model)
+        self.every_micro_batch = every_micro_batch
+
+    def __call__(self, is_last: bool) -> None:
+        """Prepare a micro batch.
+
+        Args:
+            is_last: whether the optimizer steps after it.
+        """
+        for unit in self._units:
+            unit.set_requires_gradient_sync(is_last or self.every_micro_batch, recurse=False)
+            unit.set_requires_all_reduce(is_last, recurse=False)
+
+
+# --- Check that the EMA teacher lies as the student does: its update then needs no communication
+
+
+_SHOWN = 4
+
+
+def check_alignment(model: nn.Module) -> int:
+    """Compare student and EMA teacher of the algorithm, and of every student of several.
+
+    ``teacher = m * teacher + (1 - m) * student`` pairs the parameters by position and works on each
+    rank's own shards: names, order, shapes and the placement of the shards must be equal.
+
+    Args:
+        model: the algorithm, sharded or not.
+
+    Returns:
+        Number of pairs of parameters.
+
+    Raises:
+        ValueError: with the first parameters that differ.
+    """
+    algorithms = dict(getattr(model, "students", {})) or {"": model}
+    return sum(_check(name, algorithm) for name, algorithm in algorithms.items())
+
+
+def _check(name: str, algorithm: nn.Module) -> int:
+    student = dict(algorithm.student.named_parameters())
+    teacher = dict(algorithm.teacher.named_parameters())
+    findings = list(_differences(student, teacher))
+    if findings:
+        who = f"student {name!r} and its EMA teacher" if name else "student and EMA teacher"
+        more = f" and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
+        raise ValueError(
+            f"{who} are not aligned, so the teacher cannot follow on each rank's own shards: "
+            f"{'; '.join(findings[:_SHOWN])}{more}. Build the teacher as a copy of the student, "
+            "change both alike (adapters, frozen or replaced layers), and shard both over the same "
+            "ranks"
+        )
+    return len(student)
+
+
+def _differences(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Iterator[str]:
+    for name in sorted(student.keys() - teacher.keys()):
+        yield f"{name} is missing in the teacher"
+    for name in sorted(teacher.keys() - student.keys()):
+        yield f"{name} is missing in the student"
+    if student.keys() == teacher.keys() and list(student) != list(teacher):
+        first = next(pair for pair in zip(student, teacher) if pair[0] != pair[1])
+        yield f"the student has {first[0]} where the teacher has {first[1]}"
+    for name in student:
+        if name in teacher:
+            yield from _difference(name, student[name], teacher[name])
+
+
+def _difference(name: str, student: Tensor, teacher: Tensor) -> Iterator[str]:
+    if student.shape != teacher.shape:
+        kinds = (tuple(student.shape), tuple(teacher.shape))
+    elif student.dtype != teacher.dtype:
+        kinds = (student.dtype, teacher.dtype)
+    elif _layout(student) != _layout(teacher):
+        kinds = (_layout_words(student), _layout_words(teacher))
+    else:
+        return
+    yield f"{name} is {kinds[0]} in the student, {kinds[1]} in the teacher"
+
+
+def _layout(tensor: Tensor) -> tuple | None:
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+
+
+def _layout_words(tensor: Tensor) -> str:
+    if not isinstance(tensor, DTensor):
+        return "whole"
+    placements = ", ".join(map(str, tensor.placements))
+    return f"{placements} over ranks {tensor.device_mesh.mesh.flatten().tolist()}"
+
+
+# --- Storage and initial values for a model that was built on the meta device and sharded ---
+#
+# Every rank draws each tensor whole, keeps its shard and drops the rest, so the values are those
+# of one process with the same seed, and no rank ever holds more than one whole tensor.
+
+
+_RANDOM = (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
+
+
+@torch.no_grad()
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Give every meta tensor storage on ``device``, filled with NaN, and move all others there."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    tensors[name] = _like(tensor, _nan(tensor, device))
+    # Not by hand: modules that keep a device of their own learn of it here, such as the data
+    # preprocessor, which moves every batch to it.
+    model.to(device)
+
+
+def _nan(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device=device)
+    return empty.fill_(torch.nan) if empty.is_floating_point() else empty.zero_()
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+class WholeTensorDraws(TorchDispatchMode):
+    """Context in which in-place random draws on shards give each rank its part of a whole draw."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        target = args[0] if args else None
+        if func not in _RANDOM or not isinstance(target, DTensor):
+            return func(*args, **(kwargs or {}))
+        local = target.to_local()
+        whole = torch.empty(target.shape, dtype=local.dtype, device=local.device)
+        func(whole, *args[1:], **(kwargs or {}))
+        part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+        local.copy_(part.to_local())
+        return target
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Raise a ``RuntimeError`` that names tensors to which the initialisation gave no value."""
+    left = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.is_floating_point() and torch.isnan(local).any():
+            left.append(name)
+    if left:
+        raise RuntimeError(
+            f"{len(left)} tensors were not initialised, e.g. {', '.join(left[:5])}: init_weights "
+            "must write every parameter and buffer of a module that is built on the meta device"
+        )
+
+
+# --- FlexibleRunner strategy on PyTorch's ``fully_shard`` ---
 
 
 @STRATEGIES.register_module()

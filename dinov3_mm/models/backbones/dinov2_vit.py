@@ -8,9 +8,9 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import resample_position_embedding
-from .dinov2_variants import DINOV2_ARCHITECTURES, resolve_dinov2_arch
-from .vit_interface import ViTInterface
+from .vit import ViTInterface
 from .vit_trunk import Grid
+from .zoo import DINOV2_ARCHITECTURES, resolve_dinov2_arch
 
 
 @MODELS.register_module()

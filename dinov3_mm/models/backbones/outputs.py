@@ -1,8 +1,10 @@
 """What backbones return, and which layers they are asked for."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from mmengine.model import BaseModule
+from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor
 
 OUT_TYPES = ("featmap", "cls_token", "avg_featmap", "raw", "featmap+cls")
@@ -77,3 +79,30 @@ def resolve_layers(n: int | Sequence[int], num_layers: int, layer: str = "block"
             f"{num_layers}, counted from 0"
         )
     return wanted
+
+
+# --- Backbones whose tensors a checkpoint may leave out, naming where they come from instead ---
+
+
+RECORD = "weights_record"
+
+
+class RecordedWeights(BaseModule):
+    """Base of backbones that load from a record in a state dict.
+
+    A checkpoint of a model on a frozen backbone holds one entry, ``weights_record``, in place of
+    the backbone's tensors (see ``FrozenBackboneHook``). Whoever loads such a checkpoint, a host's
+    own tools included, gets the tensors from the source that the record names, or an error.
+
+    Attributes:
+        weights_origin: arguments of the initializer that loaded the weights; None for others.
+    """
+
+    weights_origin: dict[str, Any] | None = None
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        record = state_dict.pop(prefix + RECORD, None)
+        if record is not None:
+            WEIGHT_INITIALIZERS.build(dict(type="DINOv3Recorded", record=record))(self)
+            state_dict.update({prefix + name: value for name, value in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -7,6 +7,8 @@ import torch
 from mmengine.model.weight_init import initialize
 from torch import Tensor, nn
 
+from dinov3_mm.models.layers.block import check_mode
+
 from ..layers import (
     Block,
     ImageSubset,
@@ -24,8 +26,7 @@ from ..layers import (
     draw_subsets,
     ffn_hidden_dims,
 )
-from ..layers.recompute import check_mode
-from .recorded_weights import RecordedWeights
+from .outputs import RecordedWeights
 
 _SELF_INITIALISED = (PatchEmbed, RotaryEmbedding2D, LayerScale, LayerNorm, RMSNorm)
 _BLOCK_SETTINGS = (

@@ -4,11 +4,16 @@ from dinov3_mm.hosts import require_host
 
 require_host("mmseg")
 
-from .dpt_head import DINOv3DPTDepthHead  # noqa: E402
+from .dpt import DINOv3DPTDepthHead  # noqa: E402
 from .estimator import DINOv3DepthEstimator  # noqa: E402
-from .linear_head import DINOv3LinearDepthHead  # noqa: E402
-from .losses import DINOv3DepthGradientLoss, DINOv3DepthL1Loss, DINOv3SigLoss  # noqa: E402
-from .relative_losses import DINOv3GradientMatchingLoss, DINOv3ScaleShiftLoss  # noqa: E402
+from .heads import DINOv3LinearDepthHead  # noqa: E402
+from .losses import (  # noqa: E402  # noqa: E402
+    DINOv3DepthGradientLoss,
+    DINOv3DepthL1Loss,
+    DINOv3GradientMatchingLoss,
+    DINOv3ScaleShiftLoss,
+    DINOv3SigLoss,
+)
 
 __all__ = [
     "DINOv3DPTDepthHead",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dinov3_mm.suggest import hint
+from dinov3_mm.errors import hint
 
 # Factor between the two ends of the mixed bins and the canopy height that they stand for.
 _MIXLOG_SCALE = 8.0

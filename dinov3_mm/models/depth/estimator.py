@@ -1,6 +1,6 @@
 """Depth estimation as a model of mmseg: backbone, depth head, ``SegDataSample`` in and out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from mmengine.registry import MODELS
@@ -11,10 +11,8 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinov3_mm.errors import hint
 from dinov3_mm.models.backbones import DINOv3ConvNeXt
-from dinov3_mm.suggest import hint
-
-from .input_size import INPUT_SIZES
 
 # To what the official evaluation pads images for a ConvNeXt, whose last stride is 32.
 _CONVNEXT_MULTIPLE = 4
@@ -176,3 +174,40 @@ def _undo(depth: Tensor, meta: Mapping, size: tuple[int, int]) -> Tensor:
 
 def _resized(depth: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(depth, size=size, mode="bilinear", align_corners=False)
+
+
+# --- Images of any size for a backbone that takes multiples of its patch size ---
+
+
+def pad_to_center(images: Tensor, multiple: int) -> Tensor:
+    """Put images in the middle of the next larger multiple, surrounded by zeros.
+
+    Of an odd rest, right and bottom get the pixel more. Zeros are grey in normalised images.
+
+    Args:
+        images: (B, C, H, W).
+        multiple: of which both sides become multiples, in pixels.
+    """
+    height, width = (-side % multiple for side in images.shape[-2:])
+    left, top = width // 2, height // 2
+    return F.pad(images, (left, width - left, top, height - top))
+
+
+def stretch(images: Tensor, multiple: int) -> Tensor:
+    """Resize images (B, C, H, W) bilinearly to the next larger multiple."""
+    size = tuple(side + -side % multiple for side in images.shape[-2:])
+    if size == tuple(images.shape[-2:]):
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+
+def keep(images: Tensor, multiple: int) -> Tensor:
+    """Leave images as they are; the backbone drops pixels that fill no patch."""
+    return images
+
+
+INPUT_SIZES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "pad": pad_to_center,
+    "stretch": stretch,
+    "keep": keep,
+}

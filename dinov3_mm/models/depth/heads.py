@@ -1,16 +1,64 @@
-"""What depth heads have in common: decoding to metres and the losses."""
+"""Depth heads: check of their input, what they have in common, and the linear probe."""
 
 from collections.abc import Sequence
 
+import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinov3_mm.suggest import hint
+from dinov3_mm.errors import hint
 
 from .bins import NORMS, bin_centers, expected_depth, regressed_depth
-from .features import as_widths
+
+# --- The check of what a depth head is given, before a shape error deep inside it ---
+
+
+Level = tuple[Tensor, Tensor | None]
+
+
+def check_levels(
+    feats: Sequence, in_channels: Sequence[int], *, needs_cls: bool, head: str
+) -> list[Level]:
+    """Pairs of patch map (B, C, h, w) and CLS (B, C) or None, one per layer of the backbone.
+
+    Args:
+        feats: what the backbone gives: pairs (``out_type='featmap+cls'``) or maps.
+        in_channels: expected width of each layer.
+        needs_cls: whether CLS is used.
+        head: name for the errors.
+
+    Raises:
+        ValueError: if there are more or fewer layers, of other widths, or without CLS.
+    """
+    levels = [(level, None) if isinstance(level, Tensor) else tuple(level) for level in feats]
+    if len(levels) != len(in_channels):
+        raise ValueError(
+            f"{head} takes {len(in_channels)} layers, the backbone gives {len(levels)}: "
+            "model.backbone.out_indices and model.decode_head.in_channels must agree"
+        )
+    widths = [featmap.shape[1] for featmap, _ in levels]
+    if any(featmap.ndim != 4 for featmap, _ in levels) or widths != list(in_channels):
+        shapes = [tuple(featmap.shape) for featmap, _ in levels]
+        raise ValueError(
+            f"{head} takes maps (B, C, h, w) of widths {list(in_channels)}, given {shapes}: set "
+            f"model.decode_head.in_channels={widths}, and backbone.out_type='featmap+cls'"
+        )
+    if needs_cls and any(cls is None for _, cls in levels):
+        raise ValueError(
+            f"{head} uses CLS, which the backbone does not give: set "
+            "model.backbone.out_type='featmap+cls'"
+        )
+    return levels
+
+
+def as_widths(in_channels: int | Sequence[int]) -> list[int]:
+    """One width per layer; a number is one layer."""
+    return [in_channels] if isinstance(in_channels, int) else list(in_channels)
+
+
+# --- What depth heads have in common: decoding to metres and the losses ---
 
 
 class DepthHead(BaseModule):
@@ -94,3 +142,62 @@ class DepthHead(BaseModule):
         measured = (target >= 0) if self.zero_is_valid else (target > 0)
         mask = measured & target.isfinite()
         return {loss.loss_name: loss(depth, target, mask, step=step) for loss in self.losses}
+
+
+# --- The linear probe of depth: batch norm and a 1 x 1 convolution on frozen features ---
+
+
+@MODELS.register_module()
+class DINOv3LinearDepthHead(DepthHead):
+    """A linear layer per patch.
+
+    Maps of all layers are resized bilinearly to the first one's size and put together, then come
+    batch norm and a 1 x 1 convolution. Parameters carry the names of the official trainer's files
+    (kind 'linear_depth').
+
+    Args:
+        in_channels: width of each layer.
+        use_batchnorm: normalise the features.
+        use_cls_token: put CLS behind the channels of each layer, the same at every patch.
+        init_cfg: MMEngine initialisation config; by default of the convolution, N(0, 0.01).
+        **kwargs: see :class:`DepthHead`.
+    """
+
+    # A probe is a small product, and what it shows should not depend on rounding.
+    computes_in_fp32 = True
+
+    def __init__(
+        self,
+        in_channels: int | Sequence[int],
+        *,
+        use_batchnorm: bool = True,
+        use_cls_token: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+        **kwargs,
+    ) -> None:
+        initial = init_cfg or dict(type="Normal", layer="Conv2d", std=0.01)
+        super().__init__(in_channels, init_cfg=initial, **kwargs)
+        self.use_cls_token = use_cls_token
+        width = sum(self.in_channels) * (1 + use_cls_token)
+        self.batchnorm_layer = nn.BatchNorm2d(width) if use_batchnorm else nn.Identity()
+        self.conv_depth = nn.Conv2d(width, self.num_bins, 1)
+
+    def forward(self, feats: Sequence) -> Tensor:
+        """Logits (B, ``num_bins``, h, w) at the resolution of the first layer.
+
+        Raises:
+            ValueError: if the layers are not those of ``in_channels``.
+        """
+        levels = check_levels(
+            feats, self.in_channels, needs_cls=self.use_cls_token, head=type(self).__name__
+        )
+        size = levels[0][0].shape[-2:]
+        parts = []
+        for featmap, cls in levels:
+            if self.use_cls_token:
+                spread = cls[:, :, None, None].expand(-1, -1, *featmap.shape[-2:])
+                featmap = torch.cat((featmap, spread), dim=1)
+            if featmap.shape[-2:] != size:
+                featmap = F.interpolate(featmap, size=size, mode="bilinear", align_corners=False)
+            parts.append(featmap)
+        return self.conv_depth(self.batchnorm_layer(torch.cat(parts, dim=1)))

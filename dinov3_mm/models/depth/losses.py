@@ -1,13 +1,17 @@
-"""Losses of metric depth on the pixels that were measured.
-
-All take a prediction, the truth and a bool mask of one shape (B, 1, H, W), compute in fp32 and give
-a scalar; without a measured pixel it is 0. A head adds them up, each times its ``loss_weight``,
-under its ``loss_name``.
-"""
+"""Losses of depth: metric on the pixels that were measured, and up to scale and shift."""
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+
+from dinov3_mm.errors import hint
+
+# --- Losses of metric depth on the pixels that were measured ---
+#
+# All take a prediction, the truth and a bool mask of one shape (B, 1, H, W), compute in fp32 and
+# give a scalar; without a measured pixel it is 0. A head adds them up, each times its
+# ``loss_weight``, under its ``loss_name``.
+
 
 # Added before logarithms, in metres.
 _LOG_EPS = 1e-3
@@ -153,3 +157,158 @@ def slopes_of(error: Tensor, mask: Tensor, *, distance: int) -> Tensor:
         difference = error.narrow(dim, *near) - error.narrow(dim, *far)
         total = total + (difference.abs() * both).flatten(1).sum(1)
     return total
+
+
+# --- Depth up to scale and shift: how maps are brought together before they are compared ---
+#
+# A scale and a shift belong to an image, and are found on its measured pixels.
+
+
+_EPS = 1e-6
+
+
+def least_squares(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift that bring each prediction closest to its truth, in squared error.
+
+    Args:
+        pred, target: (B, ...), of a floating dtype.
+        mask: bool, the same shape; pixels that count.
+
+    Returns:
+        Scale and shift, (B,) each. A prediction that is constant, or has no pixel that counts, gets
+        scale 0 and the mean truth as shift.
+    """
+    pred, target, mask = (x.flatten(1) for x in (pred, target, mask))
+    count = mask.sum(1).clamp_min(1)
+    mean_pred = _mean(pred, mask, count)
+    mean_target = _mean(target, mask, count)
+    centered = pred - mean_pred[:, None]
+    variance = _mean(centered.square(), mask, count)
+    covariance = _mean(centered * (target - mean_target[:, None]), mask, count)
+    flat = variance <= _EPS * _EPS * mean_pred.square() + torch.finfo(pred.dtype).tiny
+    scale = torch.where(flat, 0.0, covariance / torch.where(flat, 1.0, variance))
+    return scale, mean_target - scale * mean_pred
+
+
+def normalized(depth: Tensor, mask: Tensor) -> Tensor:
+    """Maps (B, ...) minus their median, divided by their mean absolute deviation from it."""
+    flat, valid = depth.flatten(1), mask.flatten(1)
+    shift = flat.masked_fill(~valid, torch.nan).nanmedian(1, keepdim=True).values
+    shift = torch.nan_to_num(shift)
+    deviation = (flat - shift).abs()
+    scale = _mean(deviation, valid, valid.sum(1).clamp_min(1)).clamp_min(_EPS)
+    return ((flat - shift) / scale[:, None]).view_as(depth)
+
+
+def _mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    return values.masked_fill(~mask, 0.0).sum(1) / count
+
+
+# --- Losses of relative depth: an unknown scale and shift of every image do not matter ---
+#
+# From MiDaS (arXiv 1907.01341, section 5), which Depth Anything V2 (arXiv 2406.09414) and with it
+# the relative depth system of DINOv3 train with.
+
+
+SPACES = ("depth", "disparity")
+ALIGNMENTS = ("robust", "least_squares")
+_DISPARITY_EPS = 1e-6
+
+
+class RelativeDepthLoss(DepthLoss):
+    """Base: residuals of aligned maps.
+
+    Args:
+        space: what is compared, 'depth' or 'disparity' (1 / depth).
+        align: 'robust' takes its median from either map and divides it by the mean absolute
+            deviation; 'least_squares' fits the prediction to the truth.
+        **kwargs: see :class:`DepthLoss`.
+
+    Raises:
+        ValueError: if one of them is unknown.
+    """
+
+    def __init__(self, *, space: str = "disparity", align: str = "robust", **kwargs) -> None:
+        super().__init__(**kwargs)
+        for given, name, known in ((space, "space", SPACES), (align, "align", ALIGNMENTS)):
+            if given not in known:
+                raise ValueError(f"{name} is {given!r}; {hint(given, known)}")
+        self.space = space
+        self.align = align
+
+    def residuals(self, pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """Differences (B, 1, H, W) of the aligned maps, 0 outside the mask."""
+        if self.space == "disparity":
+            pred, target = (1 / x.clamp_min(_DISPARITY_EPS) for x in (pred, target))
+            target = target.masked_fill(~mask, 0.0)
+        if self.align == "robust":
+            difference = normalized(pred, mask) - normalized(target, mask)
+        else:
+            scale, shift = (x[:, None, None, None] for x in least_squares(pred, target, mask))
+            difference = scale * pred + shift - target
+        return difference.masked_fill(~mask, 0.0)
+
+
+@MODELS.register_module()
+class DINOv3ScaleShiftLoss(RelativeDepthLoss):
+    """Scale- and shift-invariant loss, trimmed.
+
+    Half the mean absolute residual of each image, without its largest residuals; mean over images
+    that have measured pixels. With least squares, half the mean squared residual.
+
+    Args:
+        trim: share of the largest residuals that is left out, against errors of the truth.
+        **kwargs: see :class:`RelativeDepthLoss`.
+
+    Raises:
+        ValueError: if the share is not in [0, 1).
+    """
+
+    name = "loss_scale_shift"
+
+    def __init__(self, *, trim: float = 0.2, **kwargs) -> None:
+        super().__init__(**kwargs)
+        if not 0 <= trim < 1:
+            raise ValueError(f"trim is {trim}; expected a share from 0 to below 1")
+        self.trim = trim
+
+    def compute(self, pred: Tensor, target: Tensor, mask: Tensor, step: Tensor | None) -> Tensor:
+        """See :meth:`DepthLoss.compute`."""
+        size = self.residuals(pred, target, mask).flatten(1).abs()
+        if self.align == "least_squares":
+            size = size.square()
+        count = mask.flatten(1).sum(1)
+        if self.trim:
+            size = size.masked_fill(~mask.flatten(1), torch.inf).sort(1).values
+            rank = torch.arange(size.shape[1], device=size.device)
+            size = size.masked_fill(rank >= ((1 - self.trim) * count).ceil()[:, None], 0.0)
+        per_image = size.sum(1) / (2 * count.clamp_min(1))
+        return per_image.sum() / (count > 0).sum().clamp_min(1)
+
+
+@MODELS.register_module()
+class DINOv3GradientMatchingLoss(RelativeDepthLoss):
+    """Slopes of the residuals at several resolutions: edges of the prediction follow the truth.
+
+    Args:
+        num_scales: resolutions, each half the one before.
+        **kwargs: see :class:`RelativeDepthLoss`.
+    """
+
+    name = "loss_gradient_matching"
+
+    def __init__(self, *, num_scales: int = 4, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.num_scales = num_scales
+
+    def compute(self, pred: Tensor, target: Tensor, mask: Tensor, step: Tensor | None) -> Tensor:
+        """See :meth:`DepthLoss.compute`."""
+        residuals = self.residuals(pred, target, mask)
+        total = pred.new_zeros(())
+        for scale in range(self.num_scales):
+            stride = 2**scale
+            part, valid = residuals[..., ::stride, ::stride], mask[..., ::stride, ::stride]
+            slopes = slopes_of(part, valid, distance=1)
+            count = valid.flatten(1).sum(1)
+            total = total + (slopes / count.clamp_min(1)).sum() / (count > 0).sum().clamp_min(1)
+        return total

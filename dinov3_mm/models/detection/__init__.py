@@ -4,12 +4,16 @@ from dinov3_mm.hosts import require_host
 
 require_host("mmdet")
 
-from .categories import COCO_CATEGORY_IDS  # noqa: E402
-from .concat_pyramid import DINOv3ConcatPyramid  # noqa: E402
 from .criterion import DINOv3BoxDeltaCost  # noqa: E402
-from .plain_detr import DINOv3PlainDETR  # noqa: E402
-from .plain_detr_head import DINOv3PlainDETRHead  # noqa: E402
-from .windowed_backbone import DINOv3WindowedBackbone  # noqa: E402
+from .inputs import (  # noqa: E402
+    DINOv3ConcatPyramid,
+    DINOv3WindowedBackbone,
+)
+from .plain_detr import (  # noqa: E402
+    COCO_CATEGORY_IDS,
+    DINOv3PlainDETR,
+    DINOv3PlainDETRHead,
+)
 
 __all__ = [
     "COCO_CATEGORY_IDS",

@@ -9,8 +9,7 @@ from mmengine.registry import TASK_UTILS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from .boxes import box_deltas
-from .decoder import BoxPredictions
+from .decoder import BoxPredictions, box_deltas
 
 DEFAULT_ASSIGNER = {
     "type": "HungarianAssigner",

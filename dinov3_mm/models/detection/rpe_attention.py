@@ -7,7 +7,7 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinov3_mm.suggest import hint
+from dinov3_mm.errors import hint
 
 # Added to the scores of padded positions: an attention that has nowhere else to go stays defined.
 _PADDING_BIAS = -100.0

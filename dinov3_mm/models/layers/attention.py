@@ -1,4 +1,4 @@
-"""Self-attention over packed sequences of different lengths."""
+"""Self-attention over packed sequences, and the linear layer of all networks."""
 
 import importlib.util
 import json
@@ -10,12 +10,124 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .dense_attention import dense_attention, prefers_dense_attention
-from .linear import Linear
-from .rope import RopeTables
-from .rotation import QueryKeyValue, SequenceShape, rotate_packed_qkv, split_packed_qkv
+from .rope import QueryKeyValue, RopeTables, SequenceShape, rotate_packed_qkv, split_packed_qkv
+
+# --- A linear layer that takes the faster of torch's two CPU libraries ---
+
+
+# On the CPU ``F.linear`` multiplies fp32 matrices with MKL, which leaves AVX-512 unused on
+# processors of other makers, and bf16 ones with oneDNN after a pass over the output for the bias.
+# This operator, which torch.compile calls, is oneDNN for both, with the bias inside: half the time
+# in fp32 on an AMD EPYC (Zen 5). It has no gradient.
+_ONEDNN_LINEAR = None
+_ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()
+if torch.backends.mkldnn.is_available():
+    _ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise.default
+    _ONEDNN_DTYPES = (torch.float32,)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        _ONEDNN_DTYPES += (torch.bfloat16,)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, with oneDNN for inference on the CPU."""
+    if _suits_onednn(x, weight):
+        return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in _ONEDNN_DTYPES
+        and type(weight) is nn.Parameter  # subclasses have products of their own
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch.backends.mkldnn.enabled
+    )
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, with oneDNN for inference on the CPU.
+
+    Attributes:
+        product: ``product(x, weight, bias)``; another kind of matrix product may take its place.
+    """
+
+    product = staticmethod(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., C) to (..., D)."""
+        return self.product(x, self.weight, self.bias)
+
+
+# --- Attention that keeps its probabilities, for short 16-bit sequences in training on a CPU ---
+#
+# Torch's 16-bit attention on the CPU is slow in its backward pass: three times slower than matrix
+# products at 200 tokens, ten times at 40, because it does not use the processor's 16-bit products.
+
+
+# The probabilities of longer sequences would take more memory than the rest of a block.
+MAX_TOKENS = 256
+
+
+def prefers_dense_attention(query: Tensor) -> bool:
+    """Whether :func:`dense_attention` is the faster one for ``query`` (B, heads, T, head_dims)."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.requires_grad
+        and torch.is_grad_enabled()
+        and query.shape[2] <= MAX_TOKENS
+        and not torch.compiler.is_compiling()
+    )
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``softmax(q k^T / sqrt(head_dims)) v`` with fp32 scores and 16-bit probabilities.
+
+    Args:
+        query, key, value: (B, heads, T, head_dims), 16-bit.
+
+    Returns:
+        (B, heads, T, head_dims) in the dtype of ``value``. The rounding error, forward and backward
+        is of the size of that of torch's fused attention.
+    """
+    return _DenseAttention.apply(query, key, value)
+
+
+class _DenseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale = query.shape[-1] ** -0.5
+        # Autocast would round the scores to 16 bits.
+        with torch.autocast(query.device.type, enabled=False):
+            scores = (query.float() * scale) @ key.float().transpose(-1, -2)
+            probs = scores.softmax(-1).to(value.dtype)
+        ctx.save_for_backward(query, key, value, probs)
+        return probs @ value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, probs = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        grad_probs = grad @ value.transpose(-1, -2)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+        return (
+            (grad_scores @ key).mul_(scale),
+            (grad_scores.transpose(-1, -2) @ query).mul_(scale),
+            probs.transpose(-1, -2) @ grad,
+        )
+
+
+# --- Self-attention over packed sequences of different lengths ---
+
 
 ATTN_BACKENDS = ("auto", "sdpa", "xformers", "varlen")
 # Where ``benchmarks/attention_backends.py --record`` keeps which backend is the fastest on a GPU.

@@ -1,16 +1,317 @@
-"""The pre-norm transformer block with LayerScale and batch-subset stochastic depth."""
+"""The pre-norm transformer block and its parts: norm, feed-forward, layer scale, stochastic depth,
+embeddings of patches and positions, and activation checkpointing.
+"""
 
+import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from .attention import Packing, SelfAttention
-from .feed_forward import build_ffn
-from .norm import build_norm
-from .recompute import run_recomputed
-from .rope import RopeTables
-from .rotation import SequenceShape
+from .attention import Linear, Packing, SelfAttention
+from .rope import RopeTables, SequenceShape
+
+# --- Normalisation layers with fp32 statistics and an output in the dtype of the input ---
+
+
+class LayerNorm(nn.LayerNorm):
+    """Affine LayerNorm over the last dimension that returns the dtype it was given.
+
+    Torch computes the statistics in fp32 for every input dtype. CUDA autocast also returns fp32,
+    which would pull a bf16 residual stream up; the result is cast back here.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (..., D)."""
+        y = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    def init_weights(self) -> None:
+        """Reset to the identity: weight 1, bias 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class RMSNorm(nn.Module):
+    """``x * rsqrt(mean(x^2) + eps)`` in fp32, cast back to the input dtype, times ``weight``."""
+
+    def __init__(self, dims: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dims))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (..., D)."""
+        y = x.float()
+        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return y.to(x.dtype) * self.weight.to(x.dtype)
+
+    def init_weights(self) -> None:
+        """Reset the weight to 1."""
+        nn.init.ones_(self.weight)
+
+
+# Every released ViT uses 'layernormbf16', whose name means "for bf16 training": only eps differs.
+_NORMS = {
+    "layernorm": lambda dims: LayerNorm(dims, eps=1e-6),
+    "layernormbf16": lambda dims: LayerNorm(dims, eps=1e-5),
+    "rmsnorm": lambda dims: RMSNorm(dims, eps=1e-5),
+}
+NORM_LAYERS = tuple(_NORMS)
+
+
+def build_norm(name: str, dims: int) -> nn.Module:
+    """Build 'layernorm' (eps 1e-6), 'layernormbf16' (eps 1e-5) or 'rmsnorm' (eps 1e-5).
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name not in _NORMS:
+        raise ValueError(f"norm_layer is {name!r}; expected one of {NORM_LAYERS}")
+    return _NORMS[name](dims)
+
+
+# --- The feed-forward networks of the ViT: GELU MLP and SwiGLU ---
+
+
+class Mlp(nn.Module):
+    """``fc2(gelu(fc1(x)))`` with the exact (erf) GELU."""
+
+    def __init__(self, dims: int, hidden_dims: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1 = Linear(dims, hidden_dims, bias=bias)
+        self.fc2 = Linear(hidden_dims, dims, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., D) to (..., D)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """``w3(silu(w1(x)) * w2(x))`` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, dims: int, hidden_dims: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.w1 = Linear(dims, hidden_dims, bias=bias)
+        self.w2 = Linear(dims, hidden_dims, bias=bias)
+        self.w3 = Linear(hidden_dims, dims, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., D) to (..., D)."""
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class FusedSwiGLU(nn.Module):
+    """:class:`SwiGLU` with one matrix for both halves: ``w3(silu(a) * b)``, (a, b) = ``w12(x)``."""
+
+    def __init__(self, dims: int, hidden_dims: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.w12 = Linear(dims, 2 * hidden_dims, bias=bias)
+        self.w3 = Linear(hidden_dims, dims, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., D) to (..., D)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+# SwiGLU widths are rounded up to a multiple of this.
+_SWIGLU_ALIGNMENT = {
+    "swiglu": 8,
+    "swiglu32": 32,
+    "swiglu64": 64,
+    "swiglu128": 128,
+    "swiglufused": 8,
+}
+FFN_LAYERS = ("mlp", *_SWIGLU_ALIGNMENT)
+
+
+def ffn_hidden_dims(name: str, dims: int, ratio: float) -> int:
+    """Hidden width of the feed-forward ``name`` for a nominal ``ratio``.
+
+    A SwiGLU has three matrices where an MLP has two, so its width is two thirds of the nominal one,
+    rounded up to the alignment in the name. Both steps truncate in double precision, which decides
+    the width for odd ratios.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name not in FFN_LAYERS:
+        raise ValueError(f"ffn_layer is {name!r}; expected one of {FFN_LAYERS}")
+    nominal = int(dims * ratio)
+    if name == "mlp":
+        return nominal
+    align = _SWIGLU_ALIGNMENT[name]
+    reduced = int(nominal * 2 / 3)
+    return reduced + (-reduced) % align
+
+
+def build_ffn(name: str, dims: int, ratio: float, *, bias: bool = True) -> nn.Module:
+    """Build the feed-forward ``name``, one of :data:`FFN_LAYERS`."""
+    layer = {"mlp": Mlp, "swiglufused": FusedSwiGLU}.get(name, SwiGLU)
+    return layer(dims, ffn_hidden_dims(name, dims, ratio), bias=bias)
+
+
+# --- Patch embedding ---
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of non-overlapping square patches.
+
+    The weight has the layout of a convolution (D, C, p, p), but it is applied as a matrix product.
+
+    Args:
+        in_channels: image channels C.
+        dims: output channels D.
+        patch_size: side p in pixels.
+    """
+
+    def __init__(self, in_channels: int, dims: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, dims, patch_size, patch_size)
+
+    def grid_size(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of ``image`` (..., H, W); trailing pixels do not count."""
+        return image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        """Embed the patches of batches (B, C, H, W) into one matrix (sum of B * h * w, D).
+
+        Rows are ordered by entry, image, patch row, patch column.
+        """
+        weight = self.proj.weight
+        pixels = [self._unfold(batch.to(weight.dtype)) for batch in images]
+        pixels = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+        return F.linear(pixels, weight.flatten(1), self.proj.bias)
+
+    def _unfold(self, batch: Tensor) -> Tensor:
+        p = self.patch_size
+        images, channels = batch.shape[:2]
+        rows, columns = self.grid_size(batch)
+        batch = batch[..., : rows * p, : columns * p]
+        batch = batch.reshape(images, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        return batch.reshape(images * rows * columns, channels * p * p)
+
+    def init_weights(self) -> None:
+        """Draw weight and bias from U(-1/sqrt(C p^2), 1/sqrt(C p^2))."""
+        bound = 1 / math.sqrt(self.proj.weight[0].numel())
+        nn.init.uniform_(self.proj.weight, -bound, bound)
+        nn.init.uniform_(self.proj.bias, -bound, bound)
+
+
+# --- Learned absolute position embedding of a square grid, resampled for other grids ---
+
+
+def resample_position_embedding(
+    embedding: Tensor, grid: tuple[int, int], *, offset: float = 0.0, antialias: bool = False
+) -> Tensor:
+    """Bicubic resampling of a position embedding; at its own size it is returned as it is.
+
+    Without an offset the grid is resampled to the wanted size. With one, each side is scaled by
+    ``(wanted + offset) / side`` and the sampling points follow that factor, not the ratio of the
+    sizes: the first DINOv2 models were trained and evaluated so, with 0.1.
+
+    Args:
+        embedding: (1, side * side, D), row by row.
+        grid: rows and columns that are wanted.
+        offset: see above.
+        antialias: low-pass filter when a side shrinks.
+
+    Returns:
+        (1, rows * columns, D), in fp32 if it was resampled from a narrower type.
+
+    Raises:
+        ValueError: if the offset is so large that another size results.
+    """
+    side = math.isqrt(embedding.shape[1])
+    if tuple(grid) == (side, side):
+        return embedding
+    wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+    image = wide.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if offset:
+        target = {"scale_factor": tuple((length + offset) / side for length in grid)}
+    else:
+        target = {"size": tuple(grid)}
+    resampled = F.interpolate(image, mode="bicubic", antialias=antialias, **target)
+    if tuple(resampled.shape[2:]) != tuple(grid):
+        raise ValueError(
+            f"an offset of {offset} resamples the position embedding to "
+            f"{tuple(resampled.shape[2:])} instead of {tuple(grid)}; expected 0 or about 0.1"
+        )
+    return resampled.flatten(2).transpose(1, 2)
+
+
+# --- Activation checkpointing that keeps what is expensive to compute again ---
+
+
+MODES = (False, True, "selective")
+
+_ATEN = torch.ops.aten
+# Matrix products and attention: nearly all of the arithmetic, a third of the activations.
+_KEPT = frozenset(
+    getattr(_ATEN, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_mm",
+        "convolution",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_flash_attention_forward",
+        "_efficient_attention_forward",
+    )
+)
+# Operators of torch's variable-length attention and of xformers, which register when imported.
+_KEPT_NAMES = (
+    "torch_attn::_varlen_attn",
+    "xformers_flash::flash_fwd",
+    "xformers_flash3::flash_fwd",
+)
+
+
+def run_recomputed(mode: bool | str, function, *inputs):
+    """Run ``function(*inputs)`` and recompute its activations in the backward pass.
+
+    To be called within what is compiled: the compiler then knows what is to be kept, and plans the
+    backward pass accordingly. Around compiled code it would see that code's own operators.
+
+    Args:
+        mode: True keeps the inputs only; 'selective' also keeps the results of matrix products and
+            attention, and recomputes norms, activations and elementwise operations.
+        function: must draw no random numbers.
+        inputs: its arguments.
+    """
+    context = {}
+    if mode == "selective":
+        context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **context)
+
+
+def check_mode(mode: bool | str) -> bool | str:
+    """Return ``mode`` if it is one of :data:`MODES`, else raise a ``ValueError``."""
+    if mode not in MODES:
+        raise ValueError(f"with_cp is {mode!r}; expected one of {MODES}")
+    return mode
+
+
+def _policy(_context, operator, *_args, **_kwargs) -> CheckpointPolicy:
+    if operator in _KEPT or operator.name() in _KEPT_NAMES:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --- The pre-norm transformer block with LayerScale and batch-subset stochastic depth ---
 
 
 class LayerScale(nn.Module):

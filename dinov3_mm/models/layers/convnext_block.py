@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .linear import Linear
-from .norm import LayerNorm
-from .recompute import run_recomputed
+from .attention import Linear
+from .block import LayerNorm, run_recomputed
 
 # Inference on the CPU runs as many positions at a time as keep the hidden layer within this many
 # bytes: it stays in the cache, and its buffer is kept by the allocator. Buffers of 32 MiB and more

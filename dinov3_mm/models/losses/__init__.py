@@ -1,12 +1,9 @@
 """Losses of DINOv3 pretraining as pure functions: torch only, aware of process groups."""
 
-from .dino import dino_loss
-from .fusion import compile_losses
 from .gram import gram_loss, resize_tokens
-from .ibot import ibot_loss
 from .koleo import koleo_loss
-from .sinkhorn import sinkhorn_knopp
-from .soft_cross_entropy import soft_cross_entropy
+from .prototypes import dino_loss, ibot_loss, soft_cross_entropy
+from .sinkhorn import compile_losses, sinkhorn_knopp
 
 __all__ = [
     "compile_losses",

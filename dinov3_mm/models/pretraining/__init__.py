@@ -1,12 +1,12 @@
 """Self-supervised pretraining: the DINOv3 algorithm, heads, Gram teacher and diagnostics."""
 
 from .dinov3 import DINOv3
-from .distillation_teacher import DistillationTeacher
+from .distillation import DistillationTeacher
 from .gram_teacher import GramTeacher
-from .head import DINOv3Head
 from .multi_distillation import MultiDistillation
 from .preprocessor import MultiCropPreprocessor
 from .several_teachers import DistillationTeachers, TeacherHeads
+from .student import DINOv3Head
 
 __all__ = [
     "DINOv3",

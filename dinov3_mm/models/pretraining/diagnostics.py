@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
 
 
 @torch.no_grad()
@@ -142,3 +142,23 @@ def _of_assignments(probs: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         "diag/teacher_entropy_max": probs.new_full((), math.log(num_prototypes)),
         "diag/prototype_usage": prototype_usage(gather_rows(probs.argmax(-1)), num_prototypes),
     }
+
+
+# --- Effective rank of a feature matrix: how many directions a representation really uses ---
+
+
+def effective_rank(features: Tensor) -> float:
+    """RankMe (arXiv 2210.02885): exponential of the entropy of the normalised singular values.
+
+    Args:
+        features: (N, D) features of N images, uncentred; N should exceed D for a full reading.
+
+    Returns:
+        A number between 1 (all features on one line, a collapse) and min(N, D).
+
+    Raises:
+        ValueError: if the matrix is empty or no matrix.
+    """
+    if features.ndim != 2 or not features.numel():
+        raise ValueError(f"features must be a non-empty (N, D) matrix, got {tuple(features.shape)}")
+    return feature_rank(features).item()

@@ -13,28 +13,38 @@ from mmengine.model.weight_init import initialize
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from dinov3_mm.suggest import hint
+from dinov3_mm.errors import hint
 
-from .comparison import build_comparison
 from .diagnostics import diagnose
-from .distillation_teacher import DistillationTeacher, TeacherFeatures
+from .distillation import DistillationTeacher, TeacherFeatures
 from .gram_teacher import GramTeacher, check_gram_crops, gram_term, resize_to_student
-from .options import (
-    DINO_DEFAULTS,
-    IBOT_DEFAULTS,
-    check_compute_dtype,
-    resolve_gram,
-    resolve_koleo,
-    resolve_options,
-)
 from .several_teachers import (
     DistillationTeachers,
     SeveralComparison,
     fit_student,
     resolve_distillation,
 )
-from .student import build_student, check_batch_norm, check_mask_token, follow, load_network
-from .terms import StudentView, TeacherView, as_scalar, count_local_crops, image_terms
+from .student import (
+    build_comparison,
+    build_student,
+    check_batch_norm,
+    check_mask_token,
+    follow,
+    load_network,
+)
+from .terms import (
+    DINO_DEFAULTS,
+    IBOT_DEFAULTS,
+    StudentView,
+    TeacherView,
+    as_scalar,
+    check_compute_dtype,
+    count_local_crops,
+    image_terms,
+    resolve_gram,
+    resolve_koleo,
+    resolve_options,
+)
 
 STEP_VALUES = ("teacher_temp", "dino_local_weight", "gram_weight")
 

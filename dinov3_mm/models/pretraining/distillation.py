@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinov3_mm.checkpoints.sharding import gather_whole
-from dinov3_mm.suggest import hint
+from dinov3_mm.checkpoints.load import gather_whole
+from dinov3_mm.errors import hint
 
 from ..backbones import TokenOutput
-from .comparison import Comparison
-from .student import HEADS, build_student, load_network
+from .student import HEADS, Comparison, build_student, load_network
 
 RANDOM = "random"
 WHO = "the distillation teacher"

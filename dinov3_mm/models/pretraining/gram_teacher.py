@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_mm.checkpoints import load_backbone_weights
-from dinov3_mm.checkpoints.sharding import shard_state
+from dinov3_mm.checkpoints.load import shard_state
 
 from ..losses import gram_loss, resize_tokens
 

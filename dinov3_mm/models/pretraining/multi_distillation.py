@@ -11,13 +11,13 @@ from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from dinov3_mm.suggest import hint
+from dinov3_mm.errors import hint
 
-from .comparison import NUM_GLOBAL_CROPS
 from .dinov3 import DINOv3
-from .distillation_teacher import TeacherFeatures, build_teacher
+from .distillation import TeacherFeatures, build_teacher
 from .groups import StudentRanks, group_as_world, place_students, share_crops
-from .options import check_compute_dtype
+from .student import NUM_GLOBAL_CROPS
+from .terms import check_compute_dtype
 
 PREFIX = "student/"
 MASKS = ("masks", "mask_indices", "masks_weight")

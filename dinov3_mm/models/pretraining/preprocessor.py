@@ -7,10 +7,10 @@ from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from dinov3_mm.checkpoints.statistics import statistics_of_data
+from dinov3_mm.checkpoints.locate import statistics_of_data
 from dinov3_mm.models.backbones.zoo import IMAGENET_MEAN, IMAGENET_STD
 
-from .device_colors import COLORED_CROPS, apply_colors
+from .colors import COLORED_CROPS, apply_colors
 
 REQUIRED = ("global_crops", "local_crops", "masks", "mask_indices", "masks_weight")
 CROPS = ("global_crops", "local_crops", "gram_crops")

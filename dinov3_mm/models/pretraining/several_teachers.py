@@ -14,18 +14,11 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from dinov3_mm.suggest import hint
+from dinov3_mm.errors import hint
 
-from .comparison import ChunkedComparison, Projections, WholeComparison
-from .distillation_teacher import (
-    RANDOM,
-    DistillationTeacher,
-    build_teacher,
-    check_student,
-    with_prototypes,
-)
+from .distillation import RANDOM, DistillationTeacher, build_teacher, check_student, with_prototypes
 from .groups import check_name
-from .student import HEADS
+from .student import HEADS, ChunkedComparison, Projections, WholeComparison
 
 LOG_PREFIX = "teacher/"
 

@@ -7,8 +7,10 @@ from dinov3_mm.hosts import require_host
 
 require_host("mmseg")
 
-from .dice_loss import DINOv3DiceLoss  # noqa: E402
-from .linear_head import DINOv3LinearSegHead  # noqa: E402
-from .mask2former_segmentor import DINOv3PaddedEncoderDecoder  # noqa: E402
+from .linear import (  # noqa: E402
+    DINOv3DiceLoss,
+    DINOv3LinearSegHead,
+    DINOv3PaddedEncoderDecoder,
+)
 
 __all__ = ["DINOv3DiceLoss", "DINOv3LinearSegHead", "DINOv3PaddedEncoderDecoder"]

@@ -1,15 +1,78 @@
-"""The linear segmentation probe of DINOv3."""
+"""The linear segmentation probe, its Dice loss, and a segmentor for images of any size."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.segmentors import EncoderDecoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.batch_norm import SyncedBatchNorm2d
+from dinov3_mm.models.layers.batch_norm import SyncedBatchNorm2d
+
+# --- The Dice loss of the official segmentation trainer ---
+
+
+@MODELS.register_module()
+class DINOv3DiceLoss(nn.Module):
+    """One minus the Dice overlap of softmax and labels, averaged over images and classes.
+
+    For class c, over the pixels of an image: ``1 - (2 sum p y + s) / (sum p^e + sum y^e + s)``. A
+    pixel to ignore is left out of the numerator; in the denominator it counts as one of the last
+    class, as in the official trainer. mmseg's ``DiceLoss`` squares otherwise and has another
+    smoothing.
+
+    Args:
+        smooth: s, against classes that are absent.
+        exponent: e.
+        loss_weight: factor.
+        loss_name: name in the log.
+    """
+
+    def __init__(
+        self,
+        *,
+        smooth: float = 1.0,
+        exponent: float = 2.0,
+        loss_weight: float = 1.0,
+        loss_name: str = "loss_dice",
+    ) -> None:
+        super().__init__()
+        self.smooth = smooth
+        self.exponent = exponent
+        self.loss_weight = loss_weight
+        self.loss_name = loss_name
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None = None,
+        ignore_index: int = 255,
+        **_: object,
+    ) -> Tensor:
+        """The loss of logits (B, K, H, W) and labels (B, H, W).
+
+        Raises:
+            ValueError: If there are weights, which this loss does not take.
+        """
+        if weight is not None:
+            raise ValueError("DINOv3DiceLoss takes no pixel weights; set decode_head.sampler=None")
+        num_classes = logits.shape[1]
+        probability = logits.softmax(1)
+        one_hot = F.one_hot(labels.clamp(0, num_classes - 1), num_classes)
+        truth = one_hot.movedim(-1, 1).to(probability.dtype)
+        valid = (labels != ignore_index)[:, None]
+        pixels = (2, 3)
+        overlap = 2 * (probability * truth * valid).sum(pixels) + self.smooth
+        size = (probability**self.exponent + truth**self.exponent).sum(pixels) + self.smooth
+        return self.loss_weight * torch.mean(1 - overlap / size)
+
+
+# --- The linear segmentation probe of DINOv3 ---
 
 
 @MODELS.register_module()
@@ -129,3 +192,53 @@ class DINOv3LinearSegHead(BaseDecodeHead):
             return featmap
         cls = output[1][:, :, None, None].expand_as(featmap)
         return torch.cat((featmap, cls), dim=1)
+
+
+# --- mmseg's segmentor for images of any size ---
+
+
+@MODELS.register_module()
+class DINOv3PaddedEncoderDecoder(EncoderDecoder):
+    """mmseg's ``EncoderDecoder``, which pads images in prediction.
+
+    Each window (in 'whole' mode the image) is padded with zeros at the right and bottom to sides
+    that are multiples of ``size_divisor``, and the padding is cut off its result. Windows that are
+    such multiples are predicted as they are, as by the official segmentor; padding a whole image
+    in advance would move the last windows. An image smaller than the crop in both directions is
+    covered by squares of its shorter side, as in the official sliding-window inference.
+
+    In training, the size of the crops has to fit.
+
+    Args:
+        size_divisor: 32 for ``DINOv3ViTAdapter`` and for ConvNeXts, the patch size for plain ViTs.
+        **arguments: of mmseg's ``EncoderDecoder``.
+    """
+
+    def __init__(self, *, size_divisor: int = 32, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        if size_divisor < 1:
+            raise ValueError(f"size_divisor is {size_divisor}; expected at least 1")
+        self.size_divisor = size_divisor
+
+    def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
+        """Semantic maps (B, classes, H, W) of windows (B, 3, H, W) of any size."""
+        height, width = inputs.shape[-2:]
+        bottom, right = -height % self.size_divisor, -width % self.size_divisor
+        padded = F.pad(inputs, (0, right, 0, bottom))
+        size = tuple(padded.shape[-2:])
+        metas = [{**meta, "img_shape": size, "pad_shape": size} for meta in batch_img_metas]
+        return super().encode_decode(padded, metas)[..., :height, :width]
+
+    def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
+        """Mean over windows of ``test_cfg.crop_size`` every ``test_cfg.stride``."""
+        sides = tuple(inputs.shape[-2:])
+        config = self.test_cfg
+        if any(crop <= side for crop, side in zip(config.crop_size, sides)):
+            return super().slide_inference(inputs, batch_img_metas)
+        side = min(sides)
+        stride = tuple(min(step, side) for step in config.stride)
+        self.test_cfg = ConfigDict({**config, "crop_size": (side, side), "stride": stride})
+        try:
+            return super().slide_inference(inputs, batch_img_metas)
+        finally:
+            self.test_cfg = config

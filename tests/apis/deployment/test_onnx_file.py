@@ -5,7 +5,7 @@ import json
 import torch
 
 from dinov3_mm.apis.deployment import export_onnx
-from dinov3_mm.apis.deployment.onnx_runtime import OnnxModel
+from dinov3_mm.apis.deployment.onnx_file import OnnxModel
 from tests.apis.deployment.toys import STATISTICS, dimensions, narrow_convnext, narrow_vit
 
 ALL = ("cls", "registers", "patches", "featmap")

@@ -5,9 +5,16 @@ import sys
 import pytest
 import torch
 
-from dinov3_mm.apis.deployment import ExportMismatchError, export_onnx, onnx_file, onnx_graph
+from dinov3_mm.apis.deployment import (
+    ExportMismatchError,
+    export_onnx,
+    onnx_file,
+)
+from dinov3_mm.apis.deployment import (
+    onnx_file as onnx_graph,
+)
 from dinov3_mm.apis.deployment.graph import ConstantTables
-from dinov3_mm.apis.deployment.onnx_runtime import OnnxModel, RuntimeRefusalError, require_onnx
+from dinov3_mm.apis.deployment.onnx_file import OnnxModel, RuntimeRefusalError, require_onnx
 from tests.apis.deployment.toys import STATISTICS, dimensions, narrow_vit
 
 # With a fixed batch every shape is a constant, which is traced in half the time.

@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from dinov3_mm.apis.deployment.check_images import CheckBatches, find_images
-from dinov3_mm.apis.deployment.gate import (
+from dinov3_mm.apis.deployment.check import (
     Bounds,
+    CheckBatches,
     Difference,
     ExportMismatchError,
     compare,
+    find_images,
     require_within,
 )
-from dinov3_mm.apis.deployment.graph import OutputGraph, with_constant_tables
-from dinov3_mm.apis.deployment.plan import ExportPlan
-from dinov3_mm.apis.deployment.shapes import InputShapes, parse_size
-from dinov3_mm.apis.deployment.staging import check_target, staged
+from dinov3_mm.apis.deployment.graph import (
+    InputShapes,
+    OutputGraph,
+    parse_size,
+    with_constant_tables,
+)
+from dinov3_mm.apis.deployment.request import ExportPlan, check_target, staged
 from dinov3_mm.checkpoints import Statistics
 from tests.apis.deployment.toys import STATISTICS, narrow_convnext, narrow_vit
 from tests.apis.toys import toy_pictures, write_pictures

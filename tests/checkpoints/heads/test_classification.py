@@ -5,11 +5,11 @@ import torch
 from mmengine.registry import MODELS
 from safetensors.torch import load_file
 
-from dinov3_mm.checkpoints.heads import export_head, load_head
-from dinov3_mm.checkpoints.heads.classification import (
+from dinov3_mm.checkpoints.head_names import (
     linear_classifier_to_ours,
     linear_classifier_to_released,
 )
+from dinov3_mm.checkpoints.heads import export_head, load_head
 from tests.golden import assert_parity, load_golden
 from tests.hosts.lane import require_hosts
 

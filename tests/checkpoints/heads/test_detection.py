@@ -10,8 +10,8 @@ from mmengine.registry import MODELS, DefaultScope
 from safetensors.torch import load_file
 
 import dinov3_mm.hosts  # noqa: F401
+from dinov3_mm.checkpoints.head_names import detector_to_ours, detector_to_released
 from dinov3_mm.checkpoints.heads import export_head, load_head
-from dinov3_mm.checkpoints.heads.detection import detector_to_ours, detector_to_released
 from tests.checkpoints.toys import assert_same_tensors, redraw, tensors_of
 from tests.hosts.lane import require_hosts
 from tests.models.detection import toys

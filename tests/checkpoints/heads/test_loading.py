@@ -10,14 +10,10 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from safetensors.torch import save_file
 from torch import nn
 
-from dinov3_mm.checkpoints.heads import (
-    KINDS,
-    HeadNames,
-    export_head,
-    load_head,
-    loading,
-    segmentation,
-)
+from dinov3_mm.checkpoints import head_names as segmentation
+from dinov3_mm.checkpoints import heads as loading
+from dinov3_mm.checkpoints.head_names import KINDS, HeadNames
+from dinov3_mm.checkpoints.heads import export_head, load_head
 from tests.checkpoints.toys import assert_same_tensors, redraw, tensors_of
 
 KIND = "linear_segmentation"
@@ -173,12 +169,12 @@ def test_released_name_with_other_content(tmp_path, monkeypatch):
     path = tmp_path / "seg_head-0123abcd.pth"
     torch.save(official(), path)
     names = HeadNames(segmentation.linear_segmentation_to_ours, released=(path.name,))
-    monkeypatch.setitem(segmentation.KINDS, KIND, names)
+    monkeypatch.setitem(KINDS, KIND, names)
     refuse(path, "not the released file .* instead of 0123abcd")
     right = path.with_name(f"seg_head-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth")
     path.rename(right)
     names = HeadNames(segmentation.linear_segmentation_to_ours, released=(right.name,))
-    monkeypatch.setitem(segmentation.KINDS, KIND, names)
+    monkeypatch.setitem(KINDS, KIND, names)
     load_head(Head(), right, kind=KIND)
 
 

@@ -17,8 +17,8 @@ from dinov3_mm.datasets.depth import (
     RandomDepthRotation,
     RandomGammaBrightness,
     ResizeImageOnly,
+    read_depth_map,
 )
-from dinov3_mm.datasets.depth.loading import read_depth_map
 from dinov3_mm.datasets.images import BrokenImageError
 from tests.acceptance.label_cases import logged
 from tests.golden import assert_parity, load_golden

@@ -6,9 +6,9 @@ import pytest
 from mmengine.config import Config
 
 from dinov3_mm.engine import ConfigError
-from dinov3_mm.engine.autoscale import RECORD, DataFacts, resolve_auto, rules
-from dinov3_mm.engine.autoscale.resolve import auto_places, data_facts
+from dinov3_mm.engine.config import auto as rules
 from dinov3_mm.engine.config import fill_defaults
+from dinov3_mm.engine.config.auto import RECORD, DataFacts, auto_places, data_facts, resolve_auto
 from dinov3_mm.engine.dry_run import dry_run
 from tests.engine.dry_run.toys import toy_config
 from tests.integration.toy_run import REPOSITORY, write_images

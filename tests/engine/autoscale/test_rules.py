@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dinov3_mm.engine.autoscale import rules
+from dinov3_mm.engine.config import auto as rules
 
 IMAGES = (100, 5_000, 50_000, 1_000_000, 10_000_000)
 BATCHES = (8, 64, 512, 2048)

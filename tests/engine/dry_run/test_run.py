@@ -10,7 +10,7 @@ import dinov3_mm.engine.dry_run.model as model_module
 from dinov3_mm.engine import ConfigError
 from dinov3_mm.engine.dry_run import UnpredictableStepError, dry_run
 from dinov3_mm.engine.dry_run.fake_world import Chunks
-from dinov3_mm.engine.runner.sharded_state import allocate_moments
+from dinov3_mm.engine.training_state import allocate_moments
 from dinov3_mm.models.pretraining import DINOv3
 from tests.engine.dry_run.toys import LAYERS, PROTOTYPES, toy_config
 

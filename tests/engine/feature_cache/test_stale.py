@@ -17,9 +17,9 @@ from PIL import Image
 from dinov3_mm.datasets.class_names import follow_classes
 from dinov3_mm.datasets.label_audit import look_at_labels
 from dinov3_mm.engine.config import ConfigError
+from dinov3_mm.engine.config.host import set_data_root
 from dinov3_mm.engine.feature_cache import compute, use_feature_cache
-from dinov3_mm.engine.host_config import set_data_root
-from dinov3_mm.evaluation.ranks import OtherRankError
+from dinov3_mm.features.frozen import OtherRankError
 from tests.acceptance import label_cases
 from tests.downstream.steps import CONFIGS
 from tests.hosts.lane import require_hosts

@@ -12,12 +12,12 @@ from mmengine.dataset import Compose
 from mmengine.registry import MODELS, DefaultScope
 
 from dinov3_mm.engine.config import ConfigError
-from dinov3_mm.engine.feature_cache.frozen import frozen_part
 from dinov3_mm.engine.feature_cache.views import (
     SIZE,
     drawn_from,
     for_features,
     for_labels,
+    frozen_part,
     plain,
     stamp,
     training_views,

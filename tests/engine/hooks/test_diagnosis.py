@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinov3_mm.engine.hooks.diagnosis import DiagnosisHook
+from dinov3_mm.engine.hooks.guards import DiagnosisHook
 from tests.engine.hooks.toy import ToyAlgorithm, ToyRunner
 
 

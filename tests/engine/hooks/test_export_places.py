@@ -1,7 +1,7 @@
 """``teacher_latest`` follows the newest export, be it a file or a folder."""
 
 from dinov3_mm.checkpoints import build_backbone, export_backbone
-from dinov3_mm.engine.runner.files import (
+from dinov3_mm.engine.run_files import (
     export_path,
     latest_export_path,
     list_exports,

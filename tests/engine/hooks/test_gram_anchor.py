@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dinov3_mm.engine.hooks.gram_anchor import GramAnchorHook
-from dinov3_mm.engine.hooks.teacher_ema import TeacherEMAHook
+from dinov3_mm.engine.hooks.schedule import TeacherEMAHook
+from dinov3_mm.engine.hooks.teachers import GramAnchorHook
 from tests.engine.hooks.toy import ToyAlgorithm, ToyRunner, uint8_batch
 
 FROZEN = {"teacher": "frozen", "weight": 2.0}

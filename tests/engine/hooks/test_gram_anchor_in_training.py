@@ -6,7 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS
 
 from dinov3_mm.checkpoints import load_weights
-from dinov3_mm.engine.runner import read_training_state
+from dinov3_mm.engine.training_state import read_training_state
 from tests.integration.toy_run import toy_config, train, write_images
 
 GRAM_TEACHER = "gram_teacher.backbone."

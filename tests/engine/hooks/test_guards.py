@@ -7,14 +7,13 @@ import torch
 from mmengine.config import Config
 
 from dinov3_mm.engine.capture import replay_capture
-from dinov3_mm.engine.hooks.diagnosis import DiagnosisHook
 from dinov3_mm.engine.hooks.guards import (
     CollapseGuardHook,
+    DiagnosisHook,
     NonFiniteGuardHook,
     TrainingStoppedError,
 )
-from dinov3_mm.engine.hooks.schedule import OptimScheduleHook
-from dinov3_mm.engine.hooks.teacher_ema import TeacherEMAHook
+from dinov3_mm.engine.hooks.schedule import OptimScheduleHook, TeacherEMAHook
 from tests.engine.hooks.toy import ToyAlgorithm, ToyRunner, uint8_batch
 
 CFG = Config({"model": {"type": "ToyAlgorithm"}})

@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 
 from dinov3_mm.engine.capture import replay_capture
 from dinov3_mm.engine.hooks.guards import TrainingStoppedError
-from dinov3_mm.engine.runner import read_training_state
+from dinov3_mm.engine.training_state import read_training_state
 from tests.integration import fault_hook  # noqa: F401  (registers PoisonHook)
 from tests.integration.toy_run import toy_config, train, write_images
 from tools import replay_capture as replay_tool

@@ -29,9 +29,9 @@ require_hosts()
 import dinov3_mm.datasets.depth  # noqa: E402
 import dinov3_mm.datasets.segmentation  # noqa: E402
 import dinov3_mm.evaluation.depth_metric  # noqa: E402, F401
+from dinov3_mm.engine.config.host import set_data_root  # noqa: E402
 from dinov3_mm.engine.hooks import DepthCheckHook, LabelCheckHook  # noqa: E402
-from dinov3_mm.engine.hooks.label_check import on_first_rank  # noqa: E402
-from dinov3_mm.engine.host_config import set_data_root  # noqa: E402
+from dinov3_mm.engine.hooks.data_checks import on_first_rank  # noqa: E402
 
 HOOKS = {"segmentation": LabelCheckHook, "depth": DepthCheckHook}
 

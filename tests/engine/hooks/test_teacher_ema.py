@@ -2,7 +2,7 @@
 
 import torch
 
-from dinov3_mm.engine.hooks.teacher_ema import TeacherEMAHook
+from dinov3_mm.engine.hooks.schedule import TeacherEMAHook
 from tests.engine.hooks.toy import ToyAlgorithm, ToyRunner, uint8_batch
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmengine.model import MMDistributedDataParallel
 
-from dinov3_mm.engine.runner.sharded_state import load_sharded_state, save_sharded_state
+from dinov3_mm.engine.training_state import load_sharded_state, save_sharded_state
 from tests.engine.optim.models import ToyModel
 from tests.engine.optim.test_constructor import build, by_name
 

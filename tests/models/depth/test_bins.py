@@ -17,7 +17,7 @@ from dinov3_mm.models.depth.bins import (  # noqa: E402
     expected_depth,
     regressed_depth,
 )
-from dinov3_mm.models.depth.input_size import keep, pad_to_center, stretch  # noqa: E402
+from dinov3_mm.models.depth.estimator import keep, pad_to_center, stretch  # noqa: E402
 
 LOW, HIGH = 0.001, 10.0
 

@@ -19,7 +19,7 @@ require_hosts()
 from mmengine.registry import DefaultScope  # noqa: E402
 from mmseg.models.decode_heads.dpt_head import DPTHead  # noqa: E402
 
-from dinov3_mm.checkpoints.heads.depth import depth_to_ours, dpt_to_mmseg  # noqa: E402
+from dinov3_mm.checkpoints.head_names import depth_to_ours, dpt_to_mmseg  # noqa: E402
 from dinov3_mm.models.depth import DINOv3DPTDepthHead, DINOv3LinearDepthHead  # noqa: E402
 
 WIDTH = 32

@@ -18,7 +18,7 @@ from dinov3_mm.models.depth import (  # noqa: E402
     DINOv3ScaleShiftLoss,
     DINOv3SigLoss,
 )
-from dinov3_mm.models.depth.alignment import least_squares  # noqa: E402
+from dinov3_mm.models.depth.losses import least_squares  # noqa: E402
 
 ALL = [
     DINOv3SigLoss,

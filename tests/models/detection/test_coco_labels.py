@@ -18,7 +18,7 @@ from mmdet.datasets import CocoDataset  # noqa: E402
 from mmdet.evaluation import CocoMetric  # noqa: E402
 
 from dinov3_mm.models.detection import COCO_CATEGORY_IDS  # noqa: E402
-from dinov3_mm.models.detection.postprocess import best_boxes  # noqa: E402
+from dinov3_mm.models.detection.plain_detr import best_boxes  # noqa: E402
 
 NAMES = CocoDataset.METAINFO["classes"]
 # Ids of COCO with gaps below them: stop sign, toothbrush; and one without.

@@ -19,13 +19,20 @@ require_hosts()
 from mmdet.models.layers import SinePositionalEncoding  # noqa: E402
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy  # noqa: E402
 
-from dinov3_mm.models.detection.boxes import box_deltas, embed_boxes, refine_boxes  # noqa: E402
 from dinov3_mm.models.detection.criterion import PlainDETRCriterion, mean_count  # noqa: E402
-from dinov3_mm.models.detection.decoder import BoxPredictions, Memory  # noqa: E402
-from dinov3_mm.models.detection.encoder import build_encoder  # noqa: E402
-from dinov3_mm.models.detection.masks import padding_mask  # noqa: E402
-from dinov3_mm.models.detection.postprocess import best_boxes  # noqa: E402
+from dinov3_mm.models.detection.decoder import (  # noqa: E402  # noqa: E402
+    BoxPredictions,
+    Memory,
+    box_deltas,
+    embed_boxes,
+    refine_boxes,
+)
+from dinov3_mm.models.detection.plain_detr import (  # noqa: E402
+    best_boxes,
+    padding_mask,
+)
 from dinov3_mm.models.detection.rpe_attention import BoxRPECrossAttention  # noqa: E402
+from dinov3_mm.models.detection.transformer import build_encoder  # noqa: E402
 
 BAR = 1e-4
 SIZES = [(112, 144), (96, 128)]
@@ -187,7 +194,7 @@ def test_losses_and_matches():
 
 
 def test_encoder_is_torchs_post_norm_layer():
-    from dinov3_mm.checkpoints.heads.detection import detector_to_ours
+    from dinov3_mm.checkpoints.head_names import detector_to_ours
 
     torch.manual_seed(0)
     theirs = nn.TransformerEncoder(

@@ -78,7 +78,7 @@ def test_images_in_a_padded_batch_are_as_alone(model):
 
 
 def mask_of(samples, grid):
-    from dinov3_mm.models.detection.masks import padding_mask
+    from dinov3_mm.models.detection.plain_detr import padding_mask
 
     return padding_mask([s.img_shape for s in samples], grid, 16, "cpu")
 

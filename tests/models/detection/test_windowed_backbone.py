@@ -13,7 +13,7 @@ from tests.models.detection import toys
 require_hosts()
 
 from dinov3_mm.models.detection import DINOv3WindowedBackbone  # noqa: E402
-from dinov3_mm.models.detection.windowed_backbone import split_side  # noqa: E402
+from dinov3_mm.models.detection.inputs import split_side  # noqa: E402
 
 
 def build(num_windows, **vit):

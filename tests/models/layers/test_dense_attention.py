@@ -4,11 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinov3_mm.models.layers.dense_attention import (
-    MAX_TOKENS,
-    dense_attention,
-    prefers_dense_attention,
-)
+from dinov3_mm.models.layers.attention import MAX_TOKENS, dense_attention, prefers_dense_attention
 
 
 def inputs(tokens=41, sharpness=1.0, dtype=torch.bfloat16):

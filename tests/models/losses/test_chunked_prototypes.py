@@ -6,10 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3_mm.models.losses import dino_loss, ibot_loss, sinkhorn_knopp
-from dinov3_mm.models.losses.chunked_prototypes import (
-    chunked_cross_entropy,
-    sinkhorn_assignments,
-)
+from dinov3_mm.models.losses.prototypes import chunked_cross_entropy, sinkhorn_assignments
 
 TEMP, STUDENT_TEMP = 0.05, 0.1
 

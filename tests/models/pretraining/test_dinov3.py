@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import dinov3_mm.engine.optim  # noqa: F401  (registers the optimizer wrapper)
 from dinov3_mm.checkpoints import export_backbone
-from dinov3_mm.engine.runner.training_state import write_training_state
+from dinov3_mm.engine.training_state import write_training_state
 from dinov3_mm.models.backbones import DINOv3ViT
 from dinov3_mm.models.pretraining import DINOv3, DINOv3Head
 from tests.golden import assert_parity

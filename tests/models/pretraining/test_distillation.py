@@ -7,7 +7,7 @@ import torch
 
 from dinov3_mm.datasets.collate import mask_tensors
 from dinov3_mm.models.pretraining import DINOv3, MultiDistillation
-from dinov3_mm.models.pretraining.distillation_teacher import downsample
+from dinov3_mm.models.pretraining.distillation import downsample
 
 from .test_convnext_student import BACKBONE as CONVNEXT
 from .test_convnext_student import batch as stride_32_batch

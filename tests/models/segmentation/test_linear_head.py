@@ -79,7 +79,7 @@ def test_keys_and_shapes_of_the_official_head():
     width, classes = 4096, 150
     with torch.device("meta"):
         head = DINOv3LinearSegHead(width, classes)
-    from dinov3_mm.checkpoints.heads.segmentation import linear_segmentation_to_released
+    from dinov3_mm.checkpoints.head_names import linear_segmentation_to_released
 
     released = linear_segmentation_to_released(head.state_dict())
     prefix = "segmentation_model.1."

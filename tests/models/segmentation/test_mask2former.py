@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from dinov3_mm.checkpoints.heads import export_head, head_names, load_head
+from dinov3_mm.checkpoints.head_names import head_names
+from dinov3_mm.checkpoints.heads import export_head, load_head
 from tests.checkpoints.toys import redraw
 from tests.golden import assert_parity, load_golden
 from tests.hosts.lane import require_hosts
@@ -26,11 +27,8 @@ require_hosts()
 
 from mmseg.structures import SegDataSample  # noqa: E402
 
-from dinov3_mm.models.segmentation.mask2former import (  # noqa: E402
-    DINOv3Mask2FormerHead,
-    DINOv3PaddedEncoderDecoder,
-    semantic_map,
-)
+from dinov3_mm.models.segmentation.linear import DINOv3PaddedEncoderDecoder  # noqa: E402
+from dinov3_mm.models.segmentation.mask2former import DINOv3Mask2FormerHead, semantic_map  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 COMPLETE = os.environ.get("DINOV3_MM_GOLDEN")

@@ -1,0 +1,1 @@
+"""The formats of backbone weights: how each is recognised, named and converted."""

@@ -1,0 +1,1 @@
+"""FlexibleRunner strategies: one process or DDP, fully sharded, several students."""
