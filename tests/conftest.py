@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +22,12 @@ def pytest_configure(config):
     """Compile into a folder of this run, which the processes of xdist and of tests inherit.
 
     Kernels in the user's own cache may be of another processor setting.
+
+    A suite in the background of a script is deaf to Ctrl-C, and so would be the trainings that it
+    starts: what is ignored stays ignored.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):  # a process of xdist has its parent's folder
         config.compile_cache = tempfile.mkdtemp(prefix="dinov3_mm_compiled_")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compile_cache
