@@ -18,13 +18,13 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
 from dinov3_mm.engine.config.check import is_host_config
 from dinov3_mm.engine.resume import checkpoint_of
+from dinov3_mm.models.wrapping import unwrapped
 
 ENVIRONMENT_FILE = "environment.txt"
 
@@ -125,7 +125,7 @@ class StartHook(Hook):
 
 def start_lines(runner, cfg: Config) -> Iterator[tuple[str, str]]:
     """What the run is, line by line: a word and what there is to say about it."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrapped(runner.model)
     of_host = is_host_config(cfg)
     yield "job", f"{_job(model, of_host)}, config {cfg.filename}"
     yield "data", _data(runner.train_dataloader.dataset, "to train on")
@@ -141,7 +141,7 @@ def start_lines(runner, cfg: Config) -> Iterator[tuple[str, str]]:
 
 def lines_of_a_test(runner, cfg: Config, checkpoint: str | None) -> Iterator[tuple[str, str]]:
     """What is tested, on what, and where the metrics will be."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrapped(runner.model)
     yield "job", f"testing ({type(model).__name__}), config {cfg.filename}"
     yield "data", _data(runner.test_loop.dataloader.dataset, "to test on")
     yield "weights", f"from {checkpoint}" if checkpoint else _weights(cfg)

@@ -24,6 +24,7 @@ from dinov3_mm.engine.config.host import for_cpu_ranks, set_num_outputs, settle_
 from dinov3_mm.engine.hooks.class_check import follow_stored
 from dinov3_mm.errors import ConfigError
 from dinov3_mm.models.precision import use_compute_dtype
+from dinov3_mm.models.wrapping import unwrapped
 
 from .build import build_runner
 from .config import apply_options, parse_options
@@ -109,8 +110,7 @@ def load_model_weights(
     Returns:
         The checkpoint's ``meta``.
     """
-    while hasattr(model, "module"):
-        model = model.module
+    model = unwrapped(model)
     if checkpoint is None:
         model.init_weights()
         return {}

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 
 import torch
-from mmengine.model import is_model_wrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import BaseLoop
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from dinov3_mm.datasets import build_pretrain_dataloader
 from dinov3_mm.datasets.order import BatchLayout, torch_seed
 from dinov3_mm.engine.strategies.ddp import check_settings
+from dinov3_mm.models.wrapping import unwrapped
 
 
 @LOOPS.register_module()
@@ -115,7 +115,7 @@ class PretrainLoop(BaseLoop):
 
     def _check_channels(self) -> None:
         model, data = self.runner.model, self.dataloader.dataset
-        model = model.module if is_model_wrapper(model) else model
+        model = unwrapped(model)
         check_channels(model, data.num_channels, type(data.source).__name__)
 
     def _share_masks(self) -> None:

@@ -10,7 +10,6 @@ import torch
 from mmengine._strategy import base
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import MODELS, STRATEGIES
 from torch import Tensor, nn
@@ -152,11 +151,6 @@ def _take_first_step(wrapper: PretrainOptimWrapper) -> None:
     wrapper.optimizer.step()
     for param in params:
         param.grad = None
-
-
-def algorithm_of(model: nn.Module) -> nn.Module:
-    """The model without a distributed wrapper."""
-    return model.module if is_model_wrapper(model) else model
 
 
 def students_of(algorithm: nn.Module) -> dict[str, nn.Module]:

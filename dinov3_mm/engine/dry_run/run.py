@@ -14,13 +14,14 @@ from torch.distributed.tensor import DTensor
 
 from dinov3_mm.engine.hooks import DistillationHook, GramAnchorHook
 from dinov3_mm.errors import ConfigError
+from dinov3_mm.models.wrapping import unwrapped
 
 from .batches import batch_layout, crop_sets
 from .collectives import sent_per_rank
 from .config import check_numbers, needs_process_group, settle_config, strategy_name
 from .fake_world import fake_device, fake_ranks
 from .memory import MemoryLedger
-from .model import algorithm_of, all_networks, begin, build_on_meta, prepare, students_of
+from .model import all_networks, begin, build_on_meta, prepare, students_of
 from .schedules import Schedules, read_schedules
 from .step import StepRecord, run_step, tell_state
 
@@ -114,7 +115,7 @@ def dry_run(
         with fake_device(on_gpu), ledger, ledger.watching_resizes():
             strategy = prepare(model, cfg)
             model, optim_wrapper = strategy.model, strategy.optim_wrapper
-            algorithm = algorithm_of(model)
+            algorithm = unwrapped(model)
             begin(strategy)
             tell_state(ledger, algorithm, optim_wrapper)
             _fill_teachers(algorithm, schedules)

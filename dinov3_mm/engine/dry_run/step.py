@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_leaves
 from dinov3_mm.engine.hooks import TeacherEMAHook
 from dinov3_mm.engine.optim import PretrainOptimWrapper
 from dinov3_mm.errors import ConfigError
+from dinov3_mm.models.wrapping import unwrapped
 
 from .batches import CropSet, describe_batch, make_batch
 from .collectives import Collective, CollectiveLog
 from .memory import BATCH, GRADIENTS, OPTIMIZER, MemoryLedger, Peak
-from .model import algorithm_of, all_networks, students_of, wrappers_of
+from .model import all_networks, students_of, wrappers_of
 from .schedules import Schedules
 
 # Kind of memory by network.
@@ -80,7 +81,7 @@ def run_step(
         ConfigError: The model refuses the batch.
         UnpredictableStepError: The step reads a value.
     """
-    algorithm, log = algorithm_of(model), CollectiveLog()
+    algorithm, log = unwrapped(model), CollectiveLog()
     last = cfg.train_cfg["max_iters"] - 1
     for name, student in students_of(algorithm).items():
         known = schedules[name]

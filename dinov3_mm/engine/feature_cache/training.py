@@ -10,7 +10,6 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS, HOOKS
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +19,7 @@ from dinov3_mm.datasets.class_names import parts_of
 from dinov3_mm.engine.config.coco import settle_objects
 from dinov3_mm.errors import ConfigError
 from dinov3_mm.features.store import some
+from dinov3_mm.models.wrapping import unwrapped
 
 from .compute import (
     DiskError,
@@ -161,7 +161,7 @@ class CachedFeaturesHook(Hook):
 
     def before_run(self, runner) -> None:
         """Put the two detours in."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         model.data_preprocessor.forward = self._around_preprocessor(model.data_preprocessor)
         detour(frozen_part(model.backbone), self._around_backbone)
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 
@@ -25,6 +24,7 @@ from dinov3_mm.engine.run_files import (
 )
 from dinov3_mm.engine.strategies.ddp import library_versions
 from dinov3_mm.engine.strategies.students import StudentRunner, student_runners
+from dinov3_mm.models.wrapping import unwrapped
 
 # --- The teacher's backbone as a file for users: safetensors plus JSON, nothing of the training ---
 
@@ -84,7 +84,7 @@ def export_teacher(runner, iteration: int) -> Path:
 def _export(runner, iteration: int) -> Path:
     place = place_of_exports(runner)
     path = export_path(place[0], iteration, place[1])
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrapped(runner.model)
     mean, std = model.data_preprocessor.statistics
     provenance = {
         "config": Path(runner.cfg.filename or "").name,

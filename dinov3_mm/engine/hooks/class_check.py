@@ -11,7 +11,6 @@ import numpy as np
 from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 
 from dinov3_mm.datasets.class_names import (
@@ -23,6 +22,7 @@ from dinov3_mm.datasets.class_names import (
     place_of,
     stored_metainfo,
 )
+from dinov3_mm.models.wrapping import unwrapped
 
 # Images that are in training and validation: more files than this are not looked at; up to so many
 # are compared whatever their names; and how much of each is read.
@@ -195,10 +195,7 @@ def _checked_labels(runner, dataset: Any, where: str) -> np.ndarray | None:
 
 
 def _outputs(runner, part: str) -> int | None:
-    model = runner.model
-    # Wrapped for several processes, for augmented tests, or for both.
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+    model = unwrapped(runner.model)
     return getattr(getattr(model, part, None), "num_classes", None)
 
 

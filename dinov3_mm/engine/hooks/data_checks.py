@@ -5,7 +5,6 @@ from typing import Any
 
 from mmengine.dist import broadcast_object_list, get_rank
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim.scheduler.param_scheduler import (
     CosineAnnealingParamScheduler,
     LinearParamScheduler,
@@ -21,6 +20,7 @@ from dinov3_mm.datasets.depth_audit import DepthFacts, Range, judge_depths, look
 from dinov3_mm.datasets.label_audit import Report, judge_labels, look_at_labels, step_of
 from dinov3_mm.engine.optim.head_schedules import WarmupOneCycleLR
 from dinov3_mm.errors import ConfigError
+from dinov3_mm.models.wrapping import unwrapped
 
 # --- Label and depth maps must fit the head, and hold something to train on and to score ---
 
@@ -195,10 +195,7 @@ def on_first_rank(check: Callable[[], Any]) -> Any:
 
 
 def _head(runner):
-    model = runner.model
-    # Wrapped for several processes, for augmented tests, or for both.
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+    model = unwrapped(runner.model)
     return model.decode_head
 
 

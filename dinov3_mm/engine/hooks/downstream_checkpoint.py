@@ -6,7 +6,6 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import nn
 
@@ -14,6 +13,7 @@ from dinov3_mm.checkpoints.frozen import fingerprint, make_record, record_to_ten
 from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX, atomic_write, flush_to_disk
 from dinov3_mm.engine.launch import SavedAndStoppedError, StopRequest
 from dinov3_mm.models.backbones.outputs import RECORD, RecordedWeights
+from dinov3_mm.models.wrapping import unwrapped
 
 # --- Checkpoints of downstream runs: complete under their name, and the old one until then ---
 
@@ -166,7 +166,7 @@ class FrozenBackboneHook(Hook):
 
     def before_train(self, runner) -> None:
         """Find the frozen backbones and say what becomes of them."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         for name, module in model.named_modules():
             if not isinstance(module, RecordedWeights):
                 continue

@@ -10,7 +10,6 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS, HOOKS
 from torch import Tensor, nn
 
@@ -35,6 +34,7 @@ from dinov3_mm.features.frozen import (
     together,
 )
 from dinov3_mm.models.pretraining.diagnostics import effective_rank
+from dinov3_mm.models.wrapping import unwrapped
 
 from .checkpoint import place_of_exports
 
@@ -122,7 +122,7 @@ class FrozenFeatureHook(Hook):
 
     def before_train(self, runner) -> None:
         """Build the sources and measure the starting point."""
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         self.statistics = self.statistics or _statistics_of(model)
         self.dtype = self.dtype or getattr(model, "compute_dtype", "fp32")
         clock = _clock(runner)
@@ -188,7 +188,7 @@ class FrozenFeatureHook(Hook):
         clock = _clock(runner)
         with clock.paused(), preserved_random_state():
             started = perf_counter()
-            scores = self.evaluate(self._backbone(_unwrapped(runner.model)))
+            scores = self.evaluate(self._backbone(unwrapped(runner.model)))
             spent = perf_counter() - started
         self._last_step = step
         tagged = {f"eval/{self.name}_{key}": value for key, value in scores.items()}
@@ -223,11 +223,6 @@ class FrozenFeatureHook(Hook):
                 f"{type(self).__name__} looks for the backbone at {self.backbone_path!r}, which "
                 f"{type(model).__name__} does not have ({error}): give its path as backbone=..."
             ) from error
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a distributed wrapper."""
-    return model.module if is_model_wrapper(model) else model
 
 
 def _statistics_of(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:

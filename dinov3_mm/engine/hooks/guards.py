@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from mmengine.dist import all_gather_object, all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dinov3_mm.engine.capture import StepInputs, random_state, write_capture, write_sharded_capture
+from dinov3_mm.models.wrapping import unwrapped
 
 # --- Measures how healthy the representation is, every so many iterations ---
 
@@ -43,7 +43,7 @@ class DiagnosisHook(Hook):
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Switch the model's diagnostics on or off for this iteration."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         model.collect_diagnostics = runner.iter % self.interval == 0
 
     def after_train_iter(
@@ -124,7 +124,7 @@ class NonFiniteGuardHook(Hook):
 
     def before_train(self, runner) -> None:
         """Watch what enters the model and what is about to change it."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         self._handles = [
             model.data_preprocessor.register_forward_pre_hook(
                 lambda module, args: self._record_batch(model, args[0])

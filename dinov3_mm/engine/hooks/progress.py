@@ -12,13 +12,13 @@ import psutil
 import torch
 from mmengine.dist import all_gather_object, all_reduce, is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from torch import Tensor
 
 from dinov3_mm.models.pretraining.multi_distillation import PREFIX
+from dinov3_mm.models.wrapping import unwrapped
 
 # What a log line and the bar show, if it was measured; everything goes to the writers.
 SHOWN = ("loss", "dino_local_loss", "dino_global_loss", "ibot_loss", "koleo_loss", "gram_loss")
@@ -55,7 +55,7 @@ class ProgressHook(Hook):
 
     def before_train(self, runner) -> None:
         """Tell those who have no runner how long the run is."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         self._window = MetricWindow(differs=getattr(model, "is_grouped", False))
         runner.message_hub.update_info_dict({"max_iters": runner.max_iters, "seed": runner.seed})
 

@@ -10,7 +10,6 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
@@ -31,6 +30,7 @@ from dinov3_mm.engine.resume import (
 )
 from dinov3_mm.engine.training_state import refuse_mismatch
 from dinov3_mm.errors import ConfigError
+from dinov3_mm.models.wrapping import unwrapped
 
 # State of MMEngine's schedulers that moves, beside what the config says.
 _MOVING = frozenset({"last_step", "_global_step", "_last_value", "verbose"})
@@ -99,7 +99,7 @@ class ResumeHook(Hook):
         )
 
     def _refuse_other_model(self, runner, checkpoint: dict) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         # A frozen backbone is in the checkpoint by name only, see FrozenBackboneHook.
         left_out = tuple(f"{name}." for name in checkpoint["meta"].get("frozen_backbones", ()))
         own, stored = (

@@ -2,10 +2,10 @@
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from dinov3_mm.engine.optim import BACKBONE, build_schedule, lr_scale, scale_lr_schedule
+from dinov3_mm.models.wrapping import unwrapped
 
 # --- Learning rate and weight decay of every parameter group, from schedules ---
 
@@ -172,7 +172,7 @@ class TeacherEMAHook(Hook):
         self.step_schedules = {
             name: build_schedule(cfg, total) for name, cfg in self.step_cfgs.items()
         }
-        self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self.model = unwrapped(runner.model)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Set the model's step values."""

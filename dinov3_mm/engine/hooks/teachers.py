@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from os import PathLike
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch.distributed.tensor import DTensor
 
 from dinov3_mm.checkpoints.load import reading_for_shards
 from dinov3_mm.engine.optim import build_schedule
 from dinov3_mm.models.pretraining import DistillationTeachers
+from dinov3_mm.models.wrapping import unwrapped
 
 # --- Life of the Gram teacher (arXiv 2508.10104, section 4): its origin and its refreshes ---
 
@@ -81,7 +81,7 @@ class GramAnchorHook(Hook):
 
     def before_train(self, runner) -> None:
         """Check the mode, fill the teacher, restore the count of refreshes."""
-        self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self.model = unwrapped(runner.model)
         gram = self.model.gram
         if gram is None:
             raise ValueError("GramAnchorHook needs a model with gram=dict(...)")
@@ -209,7 +209,7 @@ class DistillationHook(Hook):
 
     def before_train(self, runner) -> None:
         """Load the weights, and compare them with those of the resumed run."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         teacher = getattr(model, "distillation_teacher", None)
         if teacher is None:
             raise ValueError(

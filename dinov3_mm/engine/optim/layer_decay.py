@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from numbers import Real
 
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
 from dinov3_mm.errors import hint
 from dinov3_mm.models.backbones.convnext import ConvNeXtTrunk
 from dinov3_mm.models.backbones.vit_trunk import ViTTrunk
+from dinov3_mm.models.wrapping import unwrapped
 
 from .optimizer import param_multipliers, plain_name
 
@@ -75,8 +75,7 @@ class LayerDecayOptimConstructor:
 
     def __call__(self, model: nn.Module):
         """Return the optimizer wrapper of the trainable parameters of ``model``."""
-        if is_model_wrapper(model):
-            model = model.module
+        model = unwrapped(model)
         backbones = {
             f"{name}." if name else "": module
             for name, module in model.named_modules()

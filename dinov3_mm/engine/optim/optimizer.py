@@ -9,7 +9,6 @@ from numbers import Real
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 
 from dinov3_mm.checkpoints.load import shard_like
 from dinov3_mm.errors import hint
+from dinov3_mm.models.wrapping import unwrapped
 
 # --- Parameter groups of DINOv3 pretraining: layer-wise decay, what is not decayed, last layers ---
 
@@ -193,8 +193,7 @@ class PretrainOptimConstructor:
 
     def __call__(self, model: nn.Module):
         """Return the optimizer wrapper of ``model.student``, or those of all ``model.students``."""
-        if is_model_wrapper(model):
-            model = model.module
+        model = unwrapped(model)
         if hasattr(model, "students"):
             return self._for_students(model)
         student = getattr(model, "student", None)

@@ -12,7 +12,7 @@ import mmengine
 import torch
 from mmengine._strategy import DDPStrategy, SingleDeviceStrategy
 from mmengine.dist import is_main_process
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import STRATEGIES
 from torch import nn
 from torch.compiler import config as compiler_config
@@ -30,6 +30,7 @@ from dinov3_mm.engine.training_state import (
 from dinov3_mm.models.layers.fp8 import enable_fp8
 from dinov3_mm.models.losses import compile_losses
 from dinov3_mm.models.pretraining import DistillationTeachers
+from dinov3_mm.models.wrapping import unwrapped
 
 # --- The networks of the algorithm and the parts that are compiled and sharded one at a time ---
 
@@ -307,7 +308,7 @@ class PretrainStrategy(SingleDeviceStrategy):
     @property
     def unwrapped_model(self) -> nn.Module:
         """The algorithm itself, without a distributed wrapper."""
-        return self.model.module if is_model_wrapper(self.model) else self.model
+        return unwrapped(self.model)
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
         # Building draws random numbers too, but not where a model is built without storage.

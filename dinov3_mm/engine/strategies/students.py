@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import get_rank, get_world_size, is_main_process
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import STRATEGIES
 from torch import distributed as dist
 from torch import nn
@@ -26,6 +26,7 @@ from dinov3_mm.engine.training_state import (
 )
 from dinov3_mm.models.pretraining.groups import group_as_world
 from dinov3_mm.models.pretraining.multi_distillation import PREFIX
+from dinov3_mm.models.wrapping import unwrapped
 
 from .ddp import BEFORE_THE_FIRST_STEP, DDP_SETTINGS, PretrainStrategy, training_device
 
@@ -133,7 +134,7 @@ class _Prefixed:
 
 def student_runners(runner: Any) -> Iterator[Any]:
     """For each student of this rank a view of the runner, within its world; else the runner."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrapped(runner.model)
     if not hasattr(model, "students"):
         yield runner
         return

@@ -7,11 +7,12 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
-from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from dinov3_mm.errors import hint
+from dinov3_mm.models.wrapping import unwrapped
 
 from .dinov3 import DINOv3
 from .distillation import TeacherFeatures, build_teacher
@@ -153,7 +154,7 @@ class MultiDistillation(BaseModel):
     def local_students(self) -> Iterator[tuple[str, DINOv3]]:
         """Name and model of the students that this rank trains, without distributed wrapper."""
         for name, student in self.students.items():
-            yield name, student.module if is_model_wrapper(student) else student
+            yield name, unwrapped(student)
 
     def init_weights(self) -> None:
         """Initialise each student as if it were the only one, then the teacher at random."""
