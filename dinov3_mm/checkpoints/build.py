@@ -160,6 +160,7 @@ def build_from_checkpoint(
 
 
 def _build(backbone: str, arch: str | dict[str, Any], overrides: dict[str, Any]) -> BaseModule:
+    """A backbone of this class and architecture; arguments that it lacks are refused."""
     known = inspect.signature(MODELS.get(backbone)).parameters
     for key in overrides:
         if key not in known:

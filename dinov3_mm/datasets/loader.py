@@ -239,6 +239,7 @@ class MultiCropDataset(Dataset):
         return sample
 
     def _load(self, position: int) -> tuple[np.ndarray, list[str]]:
+        """The image of a position, or its replacement, and what was wrong with the others."""
         index = self.source_index(position)
         broken: list[str] = []
         replacement = None

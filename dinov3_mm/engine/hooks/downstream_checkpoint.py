@@ -90,6 +90,7 @@ class HostCheckpointHook(CheckpointHook):
         return Path(self.out_dir) / folder.name if is_set else folder
 
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
+        """Save, and only then delete what is one too many."""
         name = self.filename_tmpl.format(step)
         old: list[int] = []
         if self.max_keep_ckpts > 0:
@@ -110,6 +111,7 @@ class HostCheckpointHook(CheckpointHook):
             (folder / stopgap).unlink(missing_ok=True)
 
     def _write(self, runner, name: str, meta: dict, *, by_epoch: bool) -> None:
+        """Write a checkpoint aside and rename it when it is complete."""
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         partial = f".{name}{PARTIAL_SUFFIX}"

@@ -69,6 +69,7 @@ class ViTInterface(ViTTrunk):
         return frozen
 
     def _freeze_stages(self) -> None:
+        """Take the gradient from the blocks that are frozen, and put them into eval mode."""
         if self.frozen_stages >= 0:
             for parameter in self.parameters(recurse=False):
                 parameter.requires_grad_(False)
