@@ -12,6 +12,9 @@ from tools.dev.journeys import JOURNEYS, PACKAGE, PAGE, ROOT, Journey, faults, m
 PAGES = ("architecture", "contributing")
 # What pages name beside our own code.
 LIBRARIES = {
+    "DATASETS",
+    "METRICS",
+    "MODELS",
     "FlexibleRunner",
     "Runner",
     "timm",

@@ -73,6 +73,7 @@ class FrozenFeatureHook(Hook):
 
     # After the teacher update (NORMAL and above), before checkpoints and exports (VERY_LOW).
     priority = "LOW"
+    # Of its records and of ``eval/<name>_<score>``; the score that is compared with the start.
     name: str
     headline: str
 
