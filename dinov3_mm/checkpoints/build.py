@@ -169,9 +169,6 @@ def _build(backbone: str, arch: str | dict[str, Any], overrides: dict[str, Any])
     return MODELS.build(dict(type=backbone, arch=arch, **overrides))
 
 
-# --- Exports of networks of other libraries, built again from what their header says ---
-
-
 def build_adapter(
     path: str | os.PathLike, overrides: Mapping[str, Any] | None = None
 ) -> BaseModule | None:

@@ -180,9 +180,6 @@ def _mean(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([each[name] for each in outputs]).mean(0) for name in outputs[0]}
 
 
-# --- The image channels of a run: source, data preprocessor and backbone must agree ---
-
-
 def check_channels(model: nn.Module, num_channels: int, source: str) -> None:
     """Raise unless the images have the channels that the model normalises and embeds.
 

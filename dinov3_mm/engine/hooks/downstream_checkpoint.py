@@ -15,9 +15,6 @@ from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX, atomic_write, flush_to_disk
 from dinov3_mm.engine.launch import SavedAndStoppedError, StopRequest
 from dinov3_mm.models.backbones.outputs import RECORD, RecordedWeights
 
-# --- Checkpoints of downstream runs: complete under their name, and the old one until then ---
-
-
 # In the message hub of a checkpoint within an epoch: its name, until the next one replaces it.
 _STOPGAP = "dinov3_mm_stopgap"
 
@@ -145,7 +142,7 @@ def write_aside(cfg: Config) -> None:
         hook["type"] = HostCheckpointHook.__name__
 
 
-# --- Frozen backbones stay what they are, and stay out of checkpoints ---
+# --- Without frozen backbones ---
 
 
 @HOOKS.register_module()

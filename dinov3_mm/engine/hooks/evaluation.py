@@ -38,7 +38,7 @@ from dinov3_mm.models.pretraining.diagnostics import effective_rank
 
 from .checkpoint import place_of_exports
 
-# --- When and how a hook evaluates a frozen backbone within a run, whatever it measures ---
+# --- When and how a hook evaluates, whatever it measures ---
 
 
 CLOCK_KEY = "training_clock"
@@ -251,7 +251,7 @@ def _clock(runner) -> TrainingClock:
     return clock
 
 
-# --- Hooks that evaluate the teacher's frozen features while it trains ---
+# --- What is measured ---
 
 
 @HOOKS.register_module()
@@ -450,7 +450,7 @@ def _rank_of(features: Tensor) -> float:
     return total.item()
 
 
-# --- Evaluation of a folder of images, with or without classes, and what a run made of its start
+# --- A folder with or without classes, and what a run made of its start ---
 
 
 _NEIGHBOURS = (10, 20)

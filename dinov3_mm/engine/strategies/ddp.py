@@ -31,7 +31,7 @@ from dinov3_mm.models.layers.fp8 import enable_fp8
 from dinov3_mm.models.losses import compile_losses
 from dinov3_mm.models.pretraining import DistillationTeachers
 
-# --- The networks of the algorithm and the parts that are compiled and sharded one at a time ---
+# --- The parts that are compiled and sharded one at a time ---
 
 
 # Kinds of inputs, and widths of a ConvNeXt, for which one block may be compiled; torch's own limit
@@ -246,8 +246,7 @@ def _begin_step(*_: object) -> None:
     torch.compiler.cudagraph_mark_step_begin()
 
 
-# --- FlexibleRunner strategies for pretraining: one process, or one per GPU (or CPU rank) with
-# DDP
+# --- The strategies ---
 
 
 # Iteration whose random numbers initialise the model.

@@ -81,9 +81,6 @@ def resolve_layers(n: int | Sequence[int], num_layers: int, layer: str = "block"
     return wanted
 
 
-# --- Backbones whose tensors a checkpoint may leave out, naming where they come from instead ---
-
-
 RECORD = "weights_record"
 
 

@@ -13,7 +13,7 @@ from .outputs import TokenOutput, check_out_type, resolve_layers, resolve_out_in
 from .vit_trunk import Grid, ViTTrunk, unpack
 from .zoo import VIT_ARCHITECTURES, resolve_vit_arch
 
-# --- The public methods of the ViT backbones: features of blocks, tokens, frozen stages ---
+# --- What all ViTs offer: features of blocks, tokens, frozen stages ---
 
 
 class ViTInterface(ViTTrunk):
@@ -200,6 +200,9 @@ class ViTInterface(ViTTrunk):
 def _to_featmap(patches: Tensor, grid: Grid) -> Tensor:
     """(B, N, D) to a contiguous (B, D, h, w)."""
     return patches.transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+# --- DINOv3 ---
 
 
 @MODELS.register_module()
