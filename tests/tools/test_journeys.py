@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from tests.hosts.lane import require_hosts
+from tests.test_architecture import ORDER
 from tools.dev.journeys import JOURNEYS, PACKAGE, PAGE, ROOT, Journey, faults, missing, written
 
 PAGES = ("architecture", "contributing")
@@ -92,6 +93,12 @@ def test_training_takes_the_journey(name):
     if name == "frozen":
         require_hosts()
     assert missing(JOURNEYS[name]) == []
+
+
+def test_the_table_of_rooms_has_the_order_that_is_held():
+    rows = re.findall(r"^\| (`\w[^|]*`) \|", PAGE.read_text(encoding="utf-8"), re.M)
+    rooms = [room.replace("/", ".") for row in rows for room in re.findall(r"`(.*?)`", row)]
+    assert tuple(rooms[: len(ORDER)]) == ORDER
 
 
 @pytest.mark.parametrize("page", PAGES)
