@@ -11,7 +11,7 @@ class ConfigError(ValueError):
     """A config that cannot be what its author meant; the message lists every finding."""
 
 
-# --- Nearest known name, for error messages ---
+# --- The nearest known name ---
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
@@ -37,7 +37,7 @@ def _fold(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-# --- Which keyword arguments a class or function takes, found without building anything ---
+# --- Keyword arguments of a class or function, found without building anything ---
 
 
 # Constructors that swallow any keyword and hand it to nobody.

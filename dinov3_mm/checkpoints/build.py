@@ -160,15 +160,13 @@ def build_from_checkpoint(
 
 
 def _build(backbone: str, arch: str | dict[str, Any], overrides: dict[str, Any]) -> BaseModule:
+    """A backbone of this class and architecture; arguments that it lacks are refused."""
     known = inspect.signature(MODELS.get(backbone)).parameters
     for key in overrides:
         if key not in known:
             known = [name for name in known if name != "arch"]
             raise TypeError(f"{backbone} has no argument {key!r}; {hint(key, known)}")
     return MODELS.build(dict(type=backbone, arch=arch, **overrides))
-
-
-# --- Exports of networks of other libraries, built again from what their header says ---
 
 
 def build_adapter(

@@ -18,7 +18,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
-# --- What every reader of a container format returns, and small helpers that they share ---
+# --- What every reader returns ---
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:300]
 
 
-# --- Reading of files written by ``torch.save``, with ``weights_only=True`` and nothing less ---
+# --- ``torch.save``, with ``weights_only=True`` and nothing less ---
 
 
 # Entries that hold the weights inside a torch file, the most wanted first: the EMA model before
@@ -151,7 +151,7 @@ def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _flatten(value, f"{prefix}{key}.")
 
 
-# --- Reading of safetensors: one file, or an index of shards in one folder ---
+# --- safetensors: one file, or an index of shards in one folder ---
 
 
 EXPORT_KEY = "dinov3_mm"
@@ -320,7 +320,7 @@ def _reader(location: dict[str, Path]):
     return read
 
 
-# --- Reading of checkpoint folders written by ``torch.distributed.checkpoint`` (DCP) ---
+# --- Folders of ``torch.distributed.checkpoint`` (DCP) ---
 #
 # Their index, ``.metadata``, is a pickle. It is read through an unpickler that knows DCP's own
 # record types and nothing else, so a tampered index cannot name a function to call. The tensors
@@ -424,7 +424,7 @@ def open_distributed_folder(folder: Path) -> OpenedCheckpoint:
     return OpenedCheckpoint(folder, "DCP folder", tuple(stored), read)
 
 
-# --- Opening of weight files of every container format, without running anything they contain ---
+# --- Any container ---
 
 
 _FOLDER_FILES = (

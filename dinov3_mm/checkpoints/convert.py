@@ -28,7 +28,7 @@ from .load import LoadReport, load_weights
 from .locate import Statistics, find_statistics, statistics_of_data
 from .targets import TARGETS, Source, Target
 
-# --- Features of a converted backbone as the library that reads it computes them ---
+# --- How the library that reads it computes features ---
 
 
 class Features(NamedTuple):
@@ -107,7 +107,7 @@ READERS = {
 }
 
 
-# --- What a conversion between formats reports ---
+# --- The report ---
 
 
 # Allowed difference of features, relative to the largest value.
@@ -165,6 +165,9 @@ class ConversionReport:
             )
         lines["load it"] = self.usage
         return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+
+
+# --- The conversion ---
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -79,8 +79,7 @@ def _merged_weight(layer: nn.Module) -> Tensor:
     return (weight.to(dtype) + layer.scaling * update).to(weight.dtype)
 
 
-# --- Our own weights in several safetensors files with an index, for networks too large for one
-# file
+# --- Several files with an index, for networks too large for one ---
 #
 # ::
 #
@@ -210,6 +209,9 @@ def _put_in_place(partial: Path, folder: Path) -> None:
     os.rename(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
     flush_to_disk(folder.parent)
+
+
+# --- One file ---
 
 
 _STATED_BY_CALLER = ("statistics", "provenance")

@@ -107,9 +107,6 @@ def _find(source: str) -> str | os.PathLike:
     )
 
 
-# --- A hash of weights that does not depend on the file that they came from ---
-
-
 _SAMPLES_PER_TENSOR = 1024
 
 

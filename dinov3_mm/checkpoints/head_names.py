@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinov3_mm.errors import hint
 
-# --- The kinds of head files, and where the names of their tensors are mapped to ours ---
+# --- One kind of head file ---
 
 
 StateDict = Mapping[str, Tensor]
@@ -45,7 +45,7 @@ def head_names(kind: str) -> HeadNames:
     return KINDS[kind]
 
 
-# --- The released linear classifier: one linear layer, ``weight`` and ``bias`` ---
+# --- Classification: one linear layer ---
 
 
 _LINEAR_HEAD, _LAYER = "linear_head.", "fc."
@@ -77,7 +77,7 @@ _CLASSIFICATION = {
 }
 
 
-# --- Linear segmentation heads as the official trainer writes them (``model_final.pth``) ---
+# --- Segmentation: linear heads of the official trainer (``model_final.pth``) ---
 
 
 # Stage 1 of the official model is the head, stage 0 the backbone, which the trainer leaves out.
@@ -118,7 +118,7 @@ _SEGMENTATION = {
 }
 
 
-# --- The released Mask2Former segmentor: an adapter and a head in one file ---
+# --- Segmentation: the released Mask2Former, adapter and head in one file ---
 #
 # Stage 0 of the official model is the adapter around its backbone, stage 1 the head. The adapter
 # has the official names here too; the head is made of mmdet's modules, which have theirs.
@@ -224,7 +224,7 @@ _MASK2FORMER = {
 }
 
 
-# --- Depth heads: the released DPT decoders, and linear heads as the official trainer writes them
+# --- Depth: the released DPT decoders, linear heads of the official trainer ---
 #
 # :class:`DINOv3DPTDepthHead` and :class:`DINOv3LinearDepthHead` carry the official names. Files
 # hold the decoder alone; a whole depth model has it under ``decoder.``, beside the backbone.
@@ -297,7 +297,7 @@ _DEPTH = {
 }
 
 
-# --- Names of the released detector's head ---
+# --- Detection: the released detector's head ---
 #
 # The file holds the tensors under the names of :class:`DINOv3PlainDETRHead`, except those of the
 # encoder, which is mmdet's here. It may also hold the backbone, and a second copy of

@@ -19,9 +19,6 @@ from .locate import local_path, torch_hub_folder
 
 __all__ = ["KINDS", "DINOv3HeadPretrained", "export_head", "load_head"]
 
-# --- Head files into modules: every tensor of them, or none ---
-
-
 _CHUNK_BYTES = 2**22
 
 
@@ -140,10 +137,6 @@ def _check(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
             f"the head {source} holds NaN or infinite values in {len(broken)} of {len(state)} "
             f"tensors, e.g. {shortened(broken, 5)}; nothing was loaded"
         )
-
-
-# --- The way from a config to a released head: ``init_cfg=dict(type='DINOv3HeadPretrained',
-# ...)``
 
 
 @WEIGHT_INITIALIZERS.register_module()

@@ -303,7 +303,7 @@ def _mixing_matrix(stored: int, channels: int, rule: str) -> Tensor:
     return matrix
 
 
-# --- The way from a config to pretrained weights: ``init_cfg=dict(type='DINOv3Pretrained', ...)``
+# --- From a config ---
 
 
 @WEIGHT_INITIALIZERS.register_module()

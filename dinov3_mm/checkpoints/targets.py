@@ -40,7 +40,7 @@ from .io import atomic_write
 from .load import select_backbone
 from .locate import Statistics
 
-# --- Official weights of any backbone under the names of other libraries ---
+# --- Official weights under the names of other libraries ---
 
 
 # By class name in the MODELS registry.
@@ -106,6 +106,9 @@ def _converter(
     if kind not in table:
         raise ValueError(f"{kind} cannot be converted to {library}; {' and '.join(table)} can")
     return table[kind]
+
+
+# --- Formats to write ---
 
 
 # What a format has no place for: pattern of official names, reason.

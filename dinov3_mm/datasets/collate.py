@@ -13,8 +13,7 @@ from dinov3_mm.models.pretraining.colors import COLORED_CROPS, JITTER
 
 from .order import sample_generator
 
-# --- Block-wise patch masks of the iBOT objective (DINOv3 paper, section 3.1; BEiT's block
-# masking)
+# --- Block-wise patch masks of iBOT (DINOv3 paper, section 3.1; as in BEiT) ---
 #
 # A plan fixes how many patches each mask hides and which crop gets which mask; a mask itself is
 # drawn from a generator of its own. So a rank draws only the masks of its own crops and still
@@ -219,7 +218,7 @@ class MaskPlanner:
         return [offset + row for row in rows], counts[rows]
 
 
-# --- Drawn colour distortions of a batch as tensors, for ``MultiCropPreprocessor`` ---
+# --- Drawn colour distortions of a batch, applied by ``MultiCropPreprocessor`` ---
 
 
 def stack_colors(samples: Sequence[dict[str, Any]], channels: int) -> dict[str, Any]:
@@ -262,7 +261,7 @@ def _tensors(drawn: list[Distortion], channels: int) -> dict[str, Tensor]:
     }
 
 
-# --- Samples of one rank and micro batch to the tensors of a training step ---
+# --- Crops and masks of one rank and micro batch ---
 
 
 class MultiCropCollate:

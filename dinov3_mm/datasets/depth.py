@@ -116,7 +116,7 @@ def read_depth_map(path: str | Path) -> np.ndarray:
     return stored
 
 
-# --- Depth of one's own: a folder of images, and one of depth maps with the same names ---
+# --- Folders of one's own ---
 
 
 @DATASETS.register_module()

@@ -22,7 +22,7 @@ from .sources import FileSource
 IGNORE_INDEX = 255
 
 
-# --- Images that are kept from training, so that an evaluation says something about new ones ---
+# --- Images that are kept from training ---
 
 
 PARTS = ("train", "test")
@@ -97,7 +97,7 @@ def _digest(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little")
 
 
-# --- Images and labels of a source as tensors: one geometry for evaluation inputs and their masks
+# --- Images and labels of a source in one geometry ---
 
 
 class ImageSource(Protocol):

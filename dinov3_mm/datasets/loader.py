@@ -24,7 +24,7 @@ from .order import PositionBatchSampler, sample_generator, torch_seed
 from .sources import BatchMixture, ImageSource, WeightedConcat
 from .transforms import MultiCrop, MultiResolutionCrop
 
-# --- A look at a source before training, so that unsuitable data ends a run before it starts ---
+# --- A look at the source before training ---
 
 
 _PROBES = 64
@@ -167,7 +167,7 @@ def _check_sizes(probes: list[_Probe], min_image_size: int) -> None:
     print_log(f"{facts}; they will be enlarged", logger="current")
 
 
-# --- From a global sample position to the augmented crops of one image ---
+# --- From a position to crops ---
 
 
 _MAX_REPLACEMENTS = 50
@@ -239,6 +239,7 @@ class MultiCropDataset(Dataset):
         return sample
 
     def _load(self, position: int) -> tuple[np.ndarray, list[str]]:
+        """The image of a position, or its replacement, and what was wrong with the others."""
         index = self.source_index(position)
         broken: list[str] = []
         replacement = None
@@ -265,7 +266,7 @@ class MultiCropDataset(Dataset):
         return image
 
 
-# --- The data loader of pretraining ---
+# --- From a config to the loader ---
 
 
 LOADER_KEYS = (

@@ -30,7 +30,7 @@ from .build import build_runner
 from .config import apply_options, parse_options
 from .console import StartHook, quiet_console
 
-# --- From a downstream config and a checkpoint to the metrics of its test set ---
+# --- Metrics of a checkpoint ---
 
 
 METRICS_FILE = "metrics.json"
@@ -167,7 +167,7 @@ def test(runner) -> dict[str, Any]:
     return metrics
 
 
-# --- Several heads or learning rates over one cache of features ---
+# --- A sweep over one cache of features ---
 
 
 RESULTS = "sweep.json"

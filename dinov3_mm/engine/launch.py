@@ -305,7 +305,7 @@ def _loopback_interface() -> str:
     return "lo" if "lo" in names else next(name for name in names if name.startswith("lo"))
 
 
-# --- Signals that ask a training to save and end: Ctrl-C, and those of schedulers ---
+# --- Signals that ask a training to save and end ---
 
 
 # Ctrl-C, and what schedulers announce the end of an allocation with.

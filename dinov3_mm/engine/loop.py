@@ -130,6 +130,7 @@ class PretrainLoop(BaseLoop):
             )
 
     def _run_step(self, batches: Iterator[dict]) -> None:
+        """One optimizer step: its batches, hooks, the seed of its noise, the losses."""
         runner, index = self.runner, self._iter
         runner.model.train()
         self.step_began = time.perf_counter()
@@ -147,6 +148,7 @@ class PretrainLoop(BaseLoop):
         self._iter += 1
 
     def _next_batch(self, batches: Iterator[dict]) -> dict:
+        """The next micro batch of this rank, and how long it was waited for."""
         began = time.perf_counter()
         batch = next(batches)
         self.data_seconds += time.perf_counter() - began
@@ -176,9 +178,6 @@ def _mean(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     if len(outputs) == 1:
         return outputs[0]
     return {name: torch.stack([each[name] for each in outputs]).mean(0) for name in outputs[0]}
-
-
-# --- The image channels of a run: source, data preprocessor and backbone must agree ---
 
 
 def check_channels(model: nn.Module, num_channels: int, source: str) -> None:

@@ -58,7 +58,7 @@ _WITHOUT_EFFECT = (
     "val_begin",
     "val_interval",
 )
-# Hooks that only watch.
+# Hooks that only watch, told by a word in their names: a change of their settings is no other run.
 _WATCHING = re.compile(
     r"custom_hooks\.(PerStudentHook\()?"
     r"\w*(Check|Diagnosis|Eval|Export|Guard|Probe|Summary|Visualization)\w*Hook"

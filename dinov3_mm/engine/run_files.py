@@ -18,7 +18,7 @@ from mmengine.logging import print_log
 from dinov3_mm.checkpoints.io import PARTIAL_SUFFIX, atomic_write
 from dinov3_mm.errors import ConfigError
 
-# --- Where a pretraining run keeps its files ---
+# --- Where a pretraining run keeps its files, and which of them may go ---
 #
 # ::
 #
@@ -227,9 +227,6 @@ def _numbered_files(folder: Path, pattern: re.Pattern) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
-# --- Which of a run's numbered files may go ---
-
-
 def surplus(
     files: Mapping[int, Path], max_to_keep: int | None, keep_every: int | None = None
 ) -> list[Path]:
@@ -249,7 +246,7 @@ def surplus(
     return [files[n] for n in passing[:-max_to_keep]]
 
 
-# --- Going back: a run that leaves the line of checkpoints in its work folder begins a new branch
+# --- Going back begins a new branch ---
 #
 # ::
 #

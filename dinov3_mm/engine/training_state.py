@@ -21,8 +21,7 @@ from dinov3_mm.checkpoints.load import shard_state
 
 from .launch import failing_together
 
-# --- A training checkpoint as a file: tensors and plain values only, so that reading it runs no
-# code
+# --- As a file: tensors and plain values only, so that reading it runs no code ---
 #
 # ::
 #
@@ -158,7 +157,7 @@ def _check_plain(value: object, place: str) -> None:
         )
 
 
-# --- A training checkpoint as a folder that all ranks write and any number of ranks reads ---
+# --- As a folder that all ranks write and any number of ranks reads ---
 #
 # ::
 #

@@ -12,7 +12,7 @@ from dinov3_mm.features.frozen import Sharing
 
 from .metrics import count_pairs, iou_per_class, segmentation_metrics
 
-# --- Weighted ridge regression in closed form from sufficient statistics ---
+# --- Weighted ridge regression in closed form ---
 
 
 ROW_CHUNK = 65536
@@ -83,6 +83,9 @@ class RidgeStatistics:
         covariance.diagonal().add_(alpha)
         weight = torch.linalg.solve(covariance, cross)
         return weight, target_mean - mean @ weight
+
+
+# --- The probe ---
 
 
 RIDGE_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dinov3_mm.errors import hint
 
-# --- Scores of one depth map against its truth (as since arXiv 1406.2283) ---
+# --- One map against its truth (as since arXiv 1406.2283) ---
 
 
 def valid_depth(target: Tensor, min_depth: float, max_depth: float) -> Tensor:
@@ -98,7 +98,7 @@ SCORES = (
 )
 
 
-# --- Metrics of depth maps for MMEngine's evaluator: per image, averaged over images ---
+# --- Metrics for MMEngine's evaluator ---
 
 
 ALIGNMENTS = ("least_squares",)
@@ -212,9 +212,6 @@ def _check(what: str, given: Sequence[str], known: Sequence[str] | dict) -> None
     for name in given:
         if name not in known:
             raise ValueError(f"{what}: {name!r} is unknown; {hint(name, known)}")
-
-
-# --- Metrics of canopy height: mean absolute error, and R^2 of blocks ---
 
 
 @METRICS.register_module()

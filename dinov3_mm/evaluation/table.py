@@ -191,8 +191,7 @@ def _cell(value: float, best: float) -> str:
     return f"[bold]{value:.1f}[/bold]" if value == best else f"{value:.1f}"
 
 
-# --- What a trained representation must beat: raw pixels, colour histograms, the untrained
-# network
+# --- What training must beat: raw pixels, colour histograms, the untrained network ---
 
 
 def raw_pixels(images: Dataset, size: int = 16) -> Tensor:

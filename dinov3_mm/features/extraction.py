@@ -39,7 +39,7 @@ from .store import (
     write_shard,
 )
 
-# --- One extraction run: which shards are left, their images, and the files at the end ---
+# --- A run: shards that are left, their images, the files at the end ---
 
 
 _UNKNOWN = (
@@ -293,6 +293,9 @@ def _options(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without the images, which may come and go."""
     source = {k: v for k, v in settings["source"].items() if k not in ("num_images", "paths")}
     return {**settings, "source": source}
+
+
+# --- From a source to files ---
 
 
 _SHARD_BYTES = 256 * 2**20

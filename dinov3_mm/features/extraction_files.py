@@ -28,9 +28,6 @@ from .store import (
 )
 from .tokens import FIELDS, ImageFeatures, Tokens
 
-# --- The named arrays that are stored of features ---
-
-
 STORE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -103,7 +100,7 @@ class FieldSelection:
         return tensor.to("cpu", self._dtype, copy=True).contiguous().numpy()
 
 
-# --- What a run extracts and how it is cut into shards; kept on disk so that a run can go on ---
+# --- What a run extracts and how it is cut into shards ---
 
 
 PLAN_FILE = "plan.json"
@@ -190,7 +187,7 @@ def _differences(found: Any, asked: Any, name: str = "") -> list[str]:
     return [] if found == asked else [f"{name} {found} there, {asked} asked for"]
 
 
-# --- What an earlier run has left: which of its rows still belong to their images ---
+# --- What an earlier run has left ---
 
 
 # An output of which so few images are left belongs to another data set.

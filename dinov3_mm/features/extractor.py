@@ -36,8 +36,7 @@ from .preparation import (
 )
 from .tokens import ImageFeatures, Layers, Tiling, Tokens, join_features, resolve_layers
 
-# --- The backbone behind an extractor: from a name, a weight file or a module, with its
-# statistics
+# --- From a name, a file or a module to a backbone with its statistics ---
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def _released(row: ZooRow) -> Path:
         ) from error
 
 
-# --- Who runs the forward passes: the threads of a CPU side by side, or one device in a row ---
+# --- The threads of a CPU side by side, or one device in a row ---
 
 
 class ForwardThreads:
@@ -181,6 +180,9 @@ def _done(function: Callable, args: tuple) -> Future:
     future: Future = Future()
     future.set_result(function(*args))
     return future
+
+
+# --- The extractor ---
 
 
 # Tokens of one pass on one CPU thread: enough for efficient matrix products, small enough that its

@@ -184,7 +184,7 @@ class _Subset(Dataset):
         return self.dataset[self.indices[position]]
 
 
-# --- An evaluation shared by ranks: who takes which rows, whose error ends it, one result for all
+# --- Work shared by ranks ---
 #
 # What a rank does between two collectives is given to :func:`together`, so that the ranks meet
 # again before each collective and an error on one of them ends all.

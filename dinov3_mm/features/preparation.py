@@ -216,7 +216,7 @@ def _checked(pixels: Tensor) -> Tensor:
     return pixels.float()
 
 
-# --- Images of a source as prepared batches, decoded and resized in worker processes ---
+# --- Batches, decoded and resized in worker processes ---
 
 
 # Images of rare sizes wait for others of their size, until they would fill as many batches.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dinov3_mm.checkpoints import atomic_write
 
-# --- Whether the files that features were made from are still those files ---
+# --- Are the image files still those ---
 
 
 # Asking a network disk about a file takes a millisecond of waiting.
@@ -90,7 +90,7 @@ def _content(path: str) -> str:
     return digest.hexdigest()
 
 
-# --- One shard: rows of features as a safetensors file, written whole and read in place ---
+# --- A shard: safetensors, written whole and read in place ---
 
 
 HEADER_KEY = "dinov3_mm_features"
@@ -236,7 +236,7 @@ def read_shard_header(path: Path) -> dict[str, Any]:
     return json.loads(read_metadata(path)[HEADER_KEY])
 
 
-# --- Shards to one file, a shard at a time ---
+# --- Shards to one file ---
 
 
 Shards = Sequence[Path]
@@ -358,7 +358,7 @@ FILE_SUFFIXES: dict[str, Callable[[Shards, Path], None]] = {
 }
 
 
-# --- Reading of extracted features, from disk as they are used ---
+# --- Reading ---
 
 
 INDEX_FILE = "index.json"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .preparation import check_multiple
 
-# --- Which blocks to take features from ---
+# --- Which layers ---
 
 
 FOUR_EVEN = "four_even"
@@ -62,7 +62,7 @@ def four_even_blocks(num_blocks: int) -> tuple[int, ...]:
     return tuple(step * part - 1 for part in range(1, 5))
 
 
-# --- What an extractor returns: the tokens of images, of the last block and of others ---
+# --- Tokens ---
 
 
 Grid = tuple[int, int]  # rows and columns of patches
@@ -157,8 +157,7 @@ def _joined(parts: Sequence[Tokens], order: Sequence[int]) -> tuple:
     )
 
 
-# --- Large images as overlapping tiles: an approximation whose memory does not grow with the
-# image
+# --- Tiles: an approximation whose memory does not grow with the image ---
 
 
 Position = tuple[int, int]  # top and left pixel of a tile

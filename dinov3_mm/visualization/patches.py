@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .figures import patch_grid, saved_figure, show_image
 
-# --- Patch features as colours: the first principal components of a set of images ---
+# --- Principal components as colours ---
 
 
 class PatchPCA:
@@ -133,7 +133,7 @@ def _otsu(values: Tensor, bins: int = 128) -> float:
     return edges[1:][best].mean().item()
 
 
-# --- Cosine similarity of one patch to all others: what dense features take for the same thing ---
+# --- Similarity to one patch: what dense features take for the same thing ---
 
 
 # Readable on photographs and on the map's dark blue to yellow.

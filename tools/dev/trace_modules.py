@@ -18,6 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dinov3_mm"
@@ -80,13 +84,12 @@ def build_from_file(folder: Path) -> Callable[[], object]:
     return lambda: dinov3_mm.build_backbone(str(path))
 
 
-def segmentation_from_cache(folder: Path) -> Callable[[], object]:
-    """Two iterations of the segmentation quickstart from cached features, by ``tools/train.py``."""
+def toy_segmentation(folder: Path, iterations: int) -> "tuple[Config, list[str]]":
+    """Config of the segmentation quickstart on four images, and options of ``tools/train.py``."""
     from mmengine.config import Config
 
     from dinov3_mm.checkpoints import export_backbone
     from tests.checkpoints.toys import quickstart_backbone
-    from tests.integration.toy_run import train
 
     weights = export_backbone(quickstart_backbone(), folder / "toy.safetensors")
     cfg = Config.fromfile(ROOT / "configs/quickstart/segmentation.py")
@@ -95,14 +98,36 @@ def segmentation_from_cache(folder: Path) -> Callable[[], object]:
     data.length = 4
     data.pipeline = [step for step in data.pipeline if "Random" not in step["type"]]
     cfg.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
-    cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=2, val_interval=100)
+    cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=100)
     for name in ("val_dataloader", "val_cfg", "val_evaluator"):
         cfg[name] = None
     for name in ("test_dataloader", "test_cfg", "test_evaluator"):
         cfg[name] = None
     cfg.param_scheduler = []
+    return cfg, ["--weights", str(weights)]
+
+
+def segmentation_from_cache(folder: Path) -> Callable[[], object]:
+    """Two iterations of the segmentation quickstart from cached features, by ``tools/train.py``."""
+    from tests.integration.toy_run import train
+
+    cfg, options = toy_segmentation(folder, 2)
     cache = str(folder / "cache")
-    return lambda: train(cfg, folder, "--weights", str(weights), "--cache-features", cache)
+    return lambda: train(cfg, folder, *options, "--cache-features", cache)
+
+
+def frozen_head(folder: Path) -> Callable[[], object]:
+    """The same, then two more iterations of the resumed run on the images themselves."""
+    from tests.integration.toy_run import train
+
+    first = segmentation_from_cache(folder)
+    cfg, options = toy_segmentation(folder, 4)
+
+    def run() -> None:
+        first()
+        train(cfg, folder, *options, "--resume")
+
+    return run
 
 
 RUNS = {

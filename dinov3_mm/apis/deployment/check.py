@@ -18,7 +18,7 @@ from dinov3_mm.features.preparation import ImageLike, ImagePreparation, load_pix
 
 from .graph import InputShapes, Size
 
-# --- Comparison of an exported file with PyTorch, and the verdict ---
+# --- The comparison and the verdict ---
 
 
 Function = Callable[[Tensor], Sequence[Tensor]]
@@ -166,7 +166,7 @@ def print_differences(
     (console or Console()).print(table)
 
 
-# --- The images with which an exported file is compared to PyTorch ---
+# --- The images ---
 
 
 # Evenly spaced files of a folder, or rendered scenes: enough to tell a wrong graph from rounding.

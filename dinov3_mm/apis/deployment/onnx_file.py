@@ -19,7 +19,7 @@ from .check import compare, require_within
 from .graph import InputShapes, OutputGraph, with_constant_tables
 from .request import ExportPlan, ExportReport, check_target, measured, staged, write_description
 
-# --- An ONNX file under ONNX Runtime ---
+# --- Under ONNX Runtime ---
 
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -116,7 +116,7 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
     )
 
 
-# --- From an :class:`OutputGraph` to the graph of an ONNX file ---
+# --- The graph ---
 
 
 # 20 has GELU and LayerNorm as single operators, 23 also attention.
@@ -179,7 +179,7 @@ def _name_dimensions(graph, names: Sequence[str], shapes: InputShapes) -> None:
                     value.shape[axis] = f"{dim}_{layer}" if layer else dim
 
 
-# --- 16-bit matrix products in an ONNX graph; everything else stays fp32 ---
+# --- 16-bit matrix products; everything else stays fp32 ---
 
 
 # Norms, softmax, RoPE, activations and the residual stream stay in fp32: their values leave the
@@ -276,6 +276,9 @@ class _Lowering:
         narrow.shape, narrow.type = value.shape, self.ir.TensorType(self.kind)
         self.graph.insert_before(node, cast)
         return narrow
+
+
+# --- The export: trace, save aside, compare, keep ---
 
 
 # A file of protocol buffers ends at 2 GiB; weights beyond this go to a file of their own.

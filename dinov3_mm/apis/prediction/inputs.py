@@ -13,8 +13,7 @@ from dinov3_mm.checkpoints import atomic_write
 from dinov3_mm.datasets.images import pil_pixels, read_image
 from dinov3_mm.datasets.sources import ImageFolder
 
-# --- What users hand over to predict on: arrays, files, folders, videos. One image after the
-# other
+# --- From arrays, files, folders and videos: one image after the other ---
 
 
 _EXPECTED = "expected paths, PIL images or uint8 arrays, got a {}"

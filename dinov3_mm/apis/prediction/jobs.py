@@ -17,7 +17,7 @@ from dinov3_mm.visualization.overlays import colour_depth, draw_boxes, draw_capt
 from .inputs import Inputs, NamedImage, PictureWriter, iterate_images
 from .model import DownstreamModel, as_model, load_model
 
-# --- What the prediction functions return, one object an image ---
+# --- Results, one object an image ---
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,9 @@ class DepthEstimated:
 
     name: str
     depth: np.ndarray
+
+
+# --- One function a job ---
 
 
 Model = DownstreamModel | str | os.PathLike | Sequence

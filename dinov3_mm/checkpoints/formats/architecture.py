@@ -20,7 +20,7 @@ from dinov3_mm.models.layers import ffn_hidden_dims
 
 from .conversion import OFFICIAL, PERIODS_KEY, Conversion, ConversionRequest, num_blocks
 
-# --- What the tensors of any ViT show about its architecture, and what an architecture dict says
+# --- What tensors and settings of any ViT show ---
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -146,7 +146,7 @@ def _ffn_ratio(kind: str, dims: int, hidden: int, usual: float) -> float:
     )
 
 
-# --- The architecture of ViT weights, read from the names and shapes of their tensors ---
+# --- ViT ---
 
 
 _OWN = ("num_heads", "untie_cls_and_patch_norms", "untie_global_and_local_cls_norm")
@@ -217,7 +217,7 @@ def _rope(periods: Tensor) -> dict[str, float | None]:
     return {"rope_base": None, **ends}
 
 
-# --- The architecture of ConvNeXt weights, read from the names and shapes of their tensors ---
+# --- ConvNeXt ---
 
 
 def convnext_facts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def describe_convnext_mismatch(state_dict: Mapping[str, Tensor], arch: Mapping[s
     return describe_differences(convnext_facts(state_dict), convnext_arch_facts(arch))
 
 
-# --- The architecture of DINOv2 weights, read from the names and shapes of their tensors ---
+# --- DINOv2 ---
 
 
 _RULE = ("interpolate_offset", "interpolate_antialias")
@@ -333,9 +333,6 @@ def resampling_note(rule: Mapping[str, Any], request: ConversionRequest) -> str:
 def _words(rule: Mapping[str, Any]) -> str:
     antialias = "" if rule["interpolate_antialias"] else "no "
     return f"offset {rule['interpolate_offset']:g} and {antialias}antialias"
-
-
-# --- The official DINOv2 layout: nothing to convert ---
 
 
 def official_dinov2_to_official(

@@ -11,7 +11,7 @@ from dinov3_mm.models.backbones.convnext import NUM_STAGES
 from dinov3_mm.models.backbones.zoo import VIT_ARCHITECTURES
 from dinov3_mm.models.layers import RotaryEmbedding2D
 
-# --- What every conversion between layouts is told and what it returns ---
+# --- What a conversion is told and what it returns ---
 
 
 PERIODS = ("file", "exact")

@@ -28,7 +28,7 @@ from .conversion import (
     without_twin_norm,
 )
 
-# --- Hugging Face ``dinov3_vit`` weights: separate q, k, v projections, other names, no periods ---
+# --- ``dinov3_vit``: separate q, k, v projections, other names, no periods ---
 
 
 _TOP = {
@@ -153,7 +153,7 @@ def _stated(config: Mapping) -> dict:
     return arch
 
 
-# --- Hugging Face ``dinov3_convnext`` weights: other names, the final norm once ---
+# --- ``dinov3_convnext``: other names, the final norm once ---
 
 
 _NAMES = ConvNeXtNames(
@@ -202,7 +202,7 @@ def convnext_to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-# --- Hugging Face ``dinov2`` and ``dinov2_with_registers`` weights: separate q, k, v, other names
+# --- ``dinov2`` and ``dinov2_with_registers``: separate q, k, v, other names ---
 #
 # The library knows two sets of names: the ones on disk, and those of version 5 in memory.
 
@@ -376,7 +376,7 @@ def _fuse_dinov2_qkv(state: dict[str, Tensor], left: dict[str, Tensor], block: i
             state[f"blocks.{block}.attn.qkv.{leaf}"] = torch.cat(parts)
 
 
-# --- The JSON files that stand beside Hugging Face weights of a DINOv3 backbone ---
+# --- The JSON files beside weights of a DINOv3 backbone ---
 
 
 _NORM_EPS = {"layernormbf16": 1e-5, "layernorm": 1e-6}

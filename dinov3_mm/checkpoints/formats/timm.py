@@ -30,7 +30,7 @@ from .conversion import (
 )
 from .hugging_face import check_rope
 
-# --- timm ViT weights (``vit_*_dinov3*``): split biases, other names, no mask token, no periods ---
+# --- ``vit_*_dinov3*``: split biases, other names, no mask token, no periods ---
 
 
 _TOP = {
@@ -132,7 +132,7 @@ def _take_biases(left: dict[str, Tensor], depth: int) -> dict[int, Tensor]:
     return biases
 
 
-# --- timm ConvNeXt weights (``convnext_*.dinov3_*``): other names, the final norm in the head ---
+# --- ``convnext_*.dinov3_*``: other names, the final norm in the head ---
 
 
 _NAMES = ConvNeXtNames(
@@ -185,7 +185,7 @@ def convnext_to_timm(
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-# --- timm DINOv2 weights (``vit_*_patch14_*dinov2*``): no mask token, CLS position folded in ---
+# --- ``vit_*_patch14_*dinov2*``: no mask token, CLS position folded in ---
 
 
 _DINOV2_TOP = {
@@ -263,7 +263,7 @@ def _is_gated(tensors: Mapping[str, Tensor]) -> bool:
     return first is not None and last is not None and first.shape[0] == 2 * last.shape[1]
 
 
-# --- The JSON file that stands beside timm weights of a DINOv3 backbone ---
+# --- The JSON file beside weights of a DINOv3 backbone ---
 
 
 # Side of the square that timm's DINOv3 models state.

@@ -22,7 +22,7 @@ from dinov3_mm.datasets.image_files import (
 from dinov3_mm.datasets.images import BrokenImageError, ImageHeader
 from dinov3_mm.datasets.multiband import UNCHANGED, PixelFormat
 
-# --- What an image source offers, and the compact list of paths behind the file-based ones ---
+# --- What a source offers, and the list of paths behind those of files ---
 
 
 @runtime_checkable
@@ -136,7 +136,7 @@ class FileSource:
         return self._labels[index]
 
 
-# --- All images below a folder ---
+# --- Folders ---
 
 
 @DATASETS.register_module()
@@ -226,7 +226,7 @@ class ImageFolder(FileSource):
         return super().label(index)
 
 
-# --- Images named in a text or CSV file ---
+# --- Lists in text or CSV files ---
 
 
 _DELIMITERS = (",", ";", "\t")
@@ -349,7 +349,7 @@ def _rows(path: str, delimiter: str) -> Iterator[list[str]]:
             ) from error
 
 
-# --- A fixed sample of the readable images of a source, for evaluation ---
+# --- For evaluation ---
 
 
 @DATASETS.register_module()

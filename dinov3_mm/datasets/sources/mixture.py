@@ -15,7 +15,7 @@ from dinov3_mm.datasets.order import EpochOrder, Interleaving, Order
 
 from .files import ImageSource
 
-# --- Several sources as one: mixed within every batch, or a whole batch from one of them ---
+# --- Mixtures ---
 
 
 class _Mixture:
@@ -132,7 +132,7 @@ def order_of(source: ImageSource, seed: int, global_batch_size: int) -> Order:
     return EpochOrder(len(source), seed)
 
 
-# --- The images of any OpenMMLab dataset ---
+# --- Data sets of OpenMMLab ---
 
 
 @DATASETS.register_module()

@@ -139,7 +139,7 @@ def render(scene: Scene, size: int, camera: Camera | None = None, time: float = 
     return canvas._replace(image=image)
 
 
-# --- SyntheticScenes: an endless labelled image source that needs no files ---
+# --- The source ---
 
 
 @DATASETS.register_module()

@@ -81,6 +81,9 @@ CUE_PROBABILITY: dict[str, float] = {
 }
 
 
+# --- Objects, light and a camera ---
+
+
 BACKGROUND_DEPTH = 6.0
 FOCAL_LENGTH = 3.0
 

@@ -357,10 +357,6 @@ def _blur_probs(value: tuple[float, float, float] | str) -> tuple[float, ...]:
     return tuple(_probability("blur_probs", item) for item in value)
 
 
-# --- Multi-crop with several sets of crop sizes, one of them per iteration (high-resolution
-# stage)
-
-
 # Seed of the sequence of choices that the released models were adapted with.
 _CHOICE_SEED = 65537
 _SIZES = ("global_size", "local_size", "gram_size")

@@ -172,7 +172,7 @@ def _power_of_two(value: float) -> int:
     return 1 << max(0, math.floor(math.log2(max(value, 1))))
 
 
-# --- Replaces the values 'auto' of a config by what the rules derive, and tells how ---
+# --- From the values 'auto' to numbers ---
 
 
 # Key of the config and of a checkpoint's meta data that keeps what was derived.

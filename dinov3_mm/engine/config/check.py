@@ -101,6 +101,9 @@ def _stride(backbone: Mapping) -> int:
     return built.token_stride
 
 
+# --- The check ---
+
+
 # Top-level keys that MMEngine reads beside the runner's own arguments.
 CONFIG_KEYS = frozenset(
     {"runner_type", "custom_imports", "launcher", "env_cfg", "default_scope", "stage"}

@@ -17,7 +17,7 @@ from dinov3_mm.models.pretraining.distillation import RANDOM
 from .auto import RECORD
 from .check import accepted_at, runner_keys, untyped_keys
 
-# --- Config files, also those that inherit from this package's ---
+# --- Config files ---
 
 
 _SCOPE = "dinov3_mm"
@@ -182,7 +182,7 @@ def _children(
     return None if accepted is None else names | accepted
 
 
-# --- Where a run starts: the images and the weights that a command line gives, and their checks ---
+# --- The images and weights of a command line ---
 
 
 FOLDER = "ImageFolder"

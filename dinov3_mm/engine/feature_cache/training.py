@@ -119,6 +119,7 @@ class CachedFeatures(Dataset):
         raise ConfigError(f"feature cache: {_MAX_DRAWS} images in a row had no labels")
 
     def _sample(self, index: int, view: int) -> dict[str, Any] | None:
+        """Features of an image in a view, with labels read now; None if it is left out."""
         place = self.places[index][view]
         if place.row < 0:
             return None
@@ -295,6 +296,7 @@ def _cache(
     training: bool,
     **options: Any,
 ) -> list[str]:
+    """Compute what a loader's images lack, and let the loader read features; lines for the log."""
     loader = cfg[name]
     scope = cfg.get("default_scope", "mmengine")
     data = build_data(loader, views, num_views, training, scope)

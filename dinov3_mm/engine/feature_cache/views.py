@@ -134,7 +134,7 @@ def recorded(module: nn.Module, calls: list, *, stop: bool) -> Iterator[None]:
             module.__dict__.pop(name, None)
 
 
-# --- What of a training pipeline can be computed once: views of an image, and the labels that fit
+# --- Views of an image, and the labels that fit them ---
 #
 # A cache cannot hold what changes with every reading. The first view of an image is therefore that
 # of the evaluation, without a random step; further views are the config's own random flips, crops

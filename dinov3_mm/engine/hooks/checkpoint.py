@@ -26,7 +26,7 @@ from dinov3_mm.engine.strategies.ddp import library_versions
 from dinov3_mm.engine.strategies.students import StudentRunner, student_runners
 from dinov3_mm.models.wrapping import unwrapped
 
-# --- The teacher's backbone as a file for users: safetensors plus JSON, nothing of the training ---
+# --- Exports ---
 
 
 @HOOKS.register_module()
@@ -116,7 +116,7 @@ def place_of_exports(runner) -> tuple[str, str | None]:
     return runner.work_dir, None
 
 
-# --- Checkpoints of a pretraining run: written in time, pruned, and on request of a scheduler ---
+# --- Checkpoints: in time, pruned, and on request of a scheduler ---
 
 
 @HOOKS.register_module()

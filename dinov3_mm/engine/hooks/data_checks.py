@@ -22,7 +22,7 @@ from dinov3_mm.engine.optim.head_schedules import WarmupOneCycleLR
 from dinov3_mm.errors import ConfigError
 from dinov3_mm.models.wrapping import unwrapped
 
-# --- Label and depth maps must fit the head, and hold something to train on and to score ---
+# --- Label and depth maps ---
 
 
 _SETS = {"train": "training", "val": "validation", "test": "test"}
@@ -278,7 +278,7 @@ def _other_ranges(of_head: list[Range], of_metrics: list[Range]) -> Iterator[str
                 )
 
 
-# --- Schedules of a downstream run that do not end where it does are named before it starts ---
+# --- Schedules ---
 
 
 _ANNEALING = (

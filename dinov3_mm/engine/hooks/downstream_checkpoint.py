@@ -15,9 +15,6 @@ from dinov3_mm.engine.launch import SavedAndStoppedError, StopRequest
 from dinov3_mm.models.backbones.outputs import RECORD, RecordedWeights
 from dinov3_mm.models.wrapping import unwrapped
 
-# --- Checkpoints of downstream runs: complete under their name, and the old one until then ---
-
-
 # In the message hub of a checkpoint within an epoch: its name, until the next one replaces it.
 _STOPGAP = "dinov3_mm_stopgap"
 
@@ -90,6 +87,7 @@ class HostCheckpointHook(CheckpointHook):
         return Path(self.out_dir) / folder.name if is_set else folder
 
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
+        """Save, and only then delete what is one too many."""
         name = self.filename_tmpl.format(step)
         old: list[int] = []
         if self.max_keep_ckpts > 0:
@@ -110,6 +108,7 @@ class HostCheckpointHook(CheckpointHook):
             (folder / stopgap).unlink(missing_ok=True)
 
     def _write(self, runner, name: str, meta: dict, *, by_epoch: bool) -> None:
+        """Write a checkpoint aside and rename it when it is complete."""
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         partial = f".{name}{PARTIAL_SUFFIX}"
@@ -143,7 +142,7 @@ def write_aside(cfg: Config) -> None:
         hook["type"] = HostCheckpointHook.__name__
 
 
-# --- Frozen backbones stay what they are, and stay out of checkpoints ---
+# --- Without frozen backbones ---
 
 
 @HOOKS.register_module()

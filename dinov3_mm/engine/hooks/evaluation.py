@@ -38,7 +38,7 @@ from dinov3_mm.models.wrapping import unwrapped
 
 from .checkpoint import place_of_exports
 
-# --- When and how a hook evaluates a frozen backbone within a run, whatever it measures ---
+# --- When and how a hook evaluates, whatever it measures ---
 
 
 CLOCK_KEY = "training_clock"
@@ -73,6 +73,7 @@ class FrozenFeatureHook(Hook):
 
     # After the teacher update (NORMAL and above), before checkpoints and exports (VERY_LOW).
     priority = "LOW"
+    # Of its records and of ``eval/<name>_<score>``; the score that is compared with the start.
     name: str
     headline: str
 
@@ -245,7 +246,7 @@ def _clock(runner) -> TrainingClock:
     return clock
 
 
-# --- Hooks that evaluate the teacher's frozen features while it trains ---
+# --- What is measured ---
 
 
 @HOOKS.register_module()
@@ -444,7 +445,7 @@ def _rank_of(features: Tensor) -> float:
     return total.item()
 
 
-# --- Evaluation of a folder of images, with or without classes, and what a run made of its start
+# --- A folder with or without classes, and what a run made of its start ---
 
 
 _NEIGHBOURS = (10, 20)

@@ -13,9 +13,6 @@ from torch.distributed.tensor import DTensor
 from dinov3_mm.engine.capture import StepInputs, random_state, write_capture, write_sharded_capture
 from dinov3_mm.models.wrapping import unwrapped
 
-# --- Measures how healthy the representation is, every so many iterations ---
-
-
 PREFIX = "diag/"
 
 
@@ -60,7 +57,7 @@ class DiagnosisHook(Hook):
         runner.logger.info(f"diagnosis after iteration {runner.iter + 1}: {shown}")
 
 
-# --- Guards that end a run which cannot recover, with what is needed to understand why ---
+# --- Guards ---
 
 
 DIVERSITY = ("feature_rank", "cls_spread")

@@ -137,7 +137,7 @@ class ProgressHook(Hook):
             self._bar.show(f"loss {loss}  {rates}")
 
 
-# --- Means of training metrics over a log interval, with one read from the device per interval ---
+# --- Means over a log interval, with one read from the device ---
 
 
 class MetricWindow:
@@ -190,7 +190,7 @@ def _mean_of_those_who_have(parts: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(each) / len(each) for name, each in values.items()}
 
 
-# --- What a person sees of a running training: a live bar on a terminal, lines elsewhere ---
+# --- A live bar on a terminal, lines elsewhere ---
 
 
 _STREAM = logging.StreamHandler

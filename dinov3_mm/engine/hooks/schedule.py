@@ -7,8 +7,6 @@ from mmengine.registry import HOOKS
 from dinov3_mm.engine.optim import BACKBONE, build_schedule, lr_scale, scale_lr_schedule
 from dinov3_mm.models.wrapping import unwrapped
 
-# --- Learning rate and weight decay of every parameter group, from schedules ---
-
 
 @HOOKS.register_module()
 class OptimScheduleHook(Hook):
@@ -134,9 +132,6 @@ class OptimScheduleHook(Hook):
         )
         if self.head_start_iters:
             outputs["backbone_lr"] = self.backbone_lr(it)
-
-
-# --- The EMA teacher: its temperature before each step, its update after it ---
 
 
 @HOOKS.register_module()

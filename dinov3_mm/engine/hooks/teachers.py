@@ -13,8 +13,6 @@ from dinov3_mm.engine.optim import build_schedule
 from dinov3_mm.models.pretraining import DistillationTeachers
 from dinov3_mm.models.wrapping import unwrapped
 
-# --- Life of the Gram teacher (arXiv 2508.10104, section 4): its origin and its refreshes ---
-
 
 @HOOKS.register_module()
 class GramAnchorHook(Hook):
@@ -175,9 +173,6 @@ class GramAnchorHook(Hook):
                 f"Gram teacher: the EMA teacher after iteration {done} (update "
                 f"{self.num_updates}{limit})"
             )
-
-
-# --- Life of the distillation teacher: where its weights come from, whether it is still the same
 
 
 STATE_KEY = "distillation_teacher"

@@ -20,7 +20,7 @@ from dinov3_mm.checkpoints.load import shard_like
 from dinov3_mm.errors import hint
 from dinov3_mm.models.wrapping import unwrapped
 
-# --- Parameter groups of DINOv3 pretraining: layer-wise decay, what is not decayed, last layers ---
+# --- Parameter groups ---
 
 
 # What activation checkpointing, compilation and sharding put into parameter names.
@@ -124,7 +124,7 @@ def build_param_groups(module: nn.Module, submodule: str, **settings: float) -> 
     ]
 
 
-# --- One optimizer for each of several students ---
+# --- From a config to the optimizer ---
 
 
 class StudentOptimWrappers(OptimWrapperDict):
@@ -134,9 +134,6 @@ class StudentOptimWrappers(OptimWrapperDict):
         """Tell every wrapper where the run stands."""
         for wrapper in self.optim_wrappers.values():
             wrapper.initialize_count_status(model, cur_iter, max_iters)
-
-
-# --- Builds the optimizer of a pretraining model from its config ---
 
 
 PARAMWISE_KEYS = (
@@ -252,7 +249,7 @@ class PretrainOptimConstructor:
         return optimizer
 
 
-# --- Optimizer wrapper of pretraining: clips per sub-module and skips bad steps on the device ---
+# --- The wrapper: clips per sub-module, skips bad steps on the device ---
 
 
 @OPTIM_WRAPPERS.register_module()

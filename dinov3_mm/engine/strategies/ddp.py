@@ -32,7 +32,7 @@ from dinov3_mm.models.losses import compile_losses
 from dinov3_mm.models.pretraining import DistillationTeachers
 from dinov3_mm.models.wrapping import unwrapped
 
-# --- The networks of the algorithm and the parts that are compiled and sharded one at a time ---
+# --- The parts that are compiled and sharded one at a time ---
 
 
 # Kinds of inputs, and widths of a ConvNeXt, for which one block may be compiled; torch's own limit
@@ -247,8 +247,7 @@ def _begin_step(*_: object) -> None:
     torch.compiler.cudagraph_mark_step_begin()
 
 
-# --- FlexibleRunner strategies for pretraining: one process, or one per GPU (or CPU rank) with
-# DDP
+# --- The strategies ---
 
 
 # Iteration whose random numbers initialise the model.

@@ -28,7 +28,7 @@ from dinov3_mm.engine.training_state import finish, new_background_group, save_s
 
 from .ddp import BEFORE_THE_FIRST_STEP, PretrainStrategy, networks_of, training_device, units_of
 
-# --- How the networks of the algorithm are cut into shards with PyTorch's ``fully_shard`` ---
+# --- How networks are cut into shards, and when their gradients are reduced ---
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -150,9 +150,6 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-# --- When sharded gradients of several micro batches are reduced ---
-
-
 class GradientReduction:
     """Tells the units of a sharded model whether the coming backward pass reduces gradients.
 
@@ -181,7 +178,7 @@ class GradientReduction:
             unit.set_requires_all_reduce(is_last, recurse=False)
 
 
-# --- Check that the EMA teacher lies as the student does: its update then needs no communication
+# --- The EMA teacher must lie as the student does, so that its update needs no messages ---
 
 
 _SHOWN = 4
@@ -258,7 +255,7 @@ def _layout_words(tensor: Tensor) -> str:
     return f"{placements} over ranks {tensor.device_mesh.mesh.flatten().tolist()}"
 
 
-# --- Storage and initial values for a model that was built on the meta device and sharded ---
+# --- Storage and initial values of what was built on the meta device ---
 #
 # Every rank draws each tensor whole, keeps its shard and drops the rest, so the values are those
 # of one process with the same seed, and no rank ever holds more than one whole tensor.
@@ -318,7 +315,7 @@ def check_initialised(model: nn.Module) -> None:
         )
 
 
-# --- FlexibleRunner strategy on PyTorch's ``fully_shard`` ---
+# --- The strategy ---
 
 
 @STRATEGIES.register_module()

@@ -144,7 +144,7 @@ def student_runners(runner: Any) -> Iterator[Any]:
             yield view
 
 
-# --- FlexibleRunner strategy of runs with several students ---
+# --- The strategy ---
 
 
 STUDENTS = "students"

@@ -27,9 +27,6 @@ from mmcv.ops.multi_scale_deform_attn import (  # noqa: E402
 
 from dinov3_mm.models.backbones.outputs import resolve_out_indices  # noqa: E402
 
-# --- Deformable attention in float32, with or without mmcv's CUDA operator ---
-
-
 # mmcv compiled without nvcc has the operator for the CPU only.
 _HAS_CUDA_OPERATOR = get_compiling_cuda_version() != "not available"
 
@@ -115,7 +112,7 @@ class DeformableAttention(MultiScaleDeformableAttention):
         return identity + output
 
 
-# --- Extractors: tokens of a pyramid collect features of a ViT by deformable attention ---
+# --- Tokens of a pyramid collect features of a ViT ---
 
 
 _EPS = 1e-6
@@ -266,7 +263,7 @@ def _centres(grid: Grid, device: torch.device) -> Tensor:
     return torch.stack((x, y), dim=-1).flatten(0, 1)
 
 
-# --- The convolutions of the ViT adapter: a pyramid of the image itself ---
+# --- A pyramid of the image itself ---
 
 
 class SpatialPrior(nn.Module):
@@ -311,7 +308,7 @@ def _conv_norm_relu(in_channels: int, out_channels: int, stride: int = 1) -> lis
     ]
 
 
-# --- The ViT adapter: a pyramid of features around a ViT that does not change ---
+# --- The adapter ---
 
 
 _NUM_LAYERS = 4

@@ -22,7 +22,7 @@ from .outputs import (
 )
 from .zoo import CONVNEXT_ARCHITECTURES, resolve_convnext_arch
 
-# --- The mathematics of the ConvNeXt: stages, final norm, initialisation ---
+# --- The mathematics ---
 
 
 NUM_STAGES = 4
@@ -146,6 +146,9 @@ class ConvNeXtTrunk(RecordedWeights):
 
 def _norm(dims: int) -> LayerNorm:
     return LayerNorm(dims, eps=1e-6)
+
+
+# --- The interface of the ViTs ---
 
 
 @MODELS.register_module()

@@ -81,9 +81,6 @@ def resolve_layers(n: int | Sequence[int], num_layers: int, layer: str = "block"
     return wanted
 
 
-# --- Backbones whose tensors a checkpoint may leave out, naming where they come from instead ---
-
-
 RECORD = "weights_record"
 
 
@@ -101,6 +98,7 @@ class RecordedWeights(BaseModule):
     weights_origin: dict[str, Any] | None = None
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Load as any module, or, from a record, the weights that it names."""
         record = state_dict.pop(prefix + RECORD, None)
         if record is not None:
             WEIGHT_INITIALIZERS.build(dict(type="DINOv3Recorded", record=record))(self)

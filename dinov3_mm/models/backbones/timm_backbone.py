@@ -18,7 +18,7 @@ from dinov3_mm.models.layers.batch_norm import SyncedBatchNorm2d, convert_batch_
 
 from .outputs import TokenOutput
 
-# --- Backbones of other libraries as students: a feature map or tokens become CLS and patches ---
+# --- Any module ---
 
 
 # A multiple of 14, 16 and 32.
@@ -162,7 +162,7 @@ def _kept_statistics(module: nn.Module) -> Iterator[None]:
             norm.keeps_statistics = True
 
 
-# --- Networks of timm as students ---
+# --- timm ---
 
 
 @MODELS.register_module()

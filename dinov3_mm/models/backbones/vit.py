@@ -13,7 +13,7 @@ from .outputs import TokenOutput, check_out_type, resolve_layers, resolve_out_in
 from .vit_trunk import Grid, ViTTrunk, unpack
 from .zoo import VIT_ARCHITECTURES, resolve_vit_arch
 
-# --- The public methods of the ViT backbones: features of blocks, tokens, frozen stages ---
+# --- What all ViTs offer: features of blocks, tokens, frozen stages ---
 
 
 class ViTInterface(ViTTrunk):
@@ -69,6 +69,7 @@ class ViTInterface(ViTTrunk):
         return frozen
 
     def _freeze_stages(self) -> None:
+        """Take the gradient from the blocks that are frozen, and put them into eval mode."""
         if self.frozen_stages >= 0:
             for parameter in self.parameters(recurse=False):
                 parameter.requires_grad_(False)
@@ -199,6 +200,9 @@ class ViTInterface(ViTTrunk):
 def _to_featmap(patches: Tensor, grid: Grid) -> Tensor:
     """(B, N, D) to a contiguous (B, D, h, w)."""
     return patches.transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+# --- DINOv3 ---
 
 
 @MODELS.register_module()

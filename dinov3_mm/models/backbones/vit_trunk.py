@@ -91,6 +91,7 @@ class ViTTrunk(RecordedWeights):
         self._build_modules(rope)
 
     def _build_modules(self, rope: dict[str, Any] | None) -> None:
+        """Register patch embedding, RoPE, blocks and norms."""
         settings, dims = self.arch_settings, self.embed_dims
         # Registration order is the key order of the official files and the order of random draws.
         self._build_tokens()

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from dinov3_mm.errors import hint
 
-# --- From an architecture name or dict and explicit arguments to every value of an architecture ---
+# --- From a name or dict and arguments to every value ---
 
 
 def resolve_arch(
@@ -95,7 +95,7 @@ def _update(
     settings.update(changes)
 
 
-# --- The ViT architectures that can be asked for by name ---
+# --- ViT ---
 
 
 _FFN_LAYERS = ("mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128")
@@ -188,7 +188,7 @@ def resolve_vit_arch(arch: str | dict[str, Any], overrides: dict[str, Any]) -> d
     return settle_transformer(settings, _FFN_LAYERS)
 
 
-# --- The ConvNeXt architectures that can be asked for by name ---
+# --- ConvNeXt ---
 
 
 CONVNEXT_DEFAULTS: dict[str, Any] = {
@@ -240,7 +240,7 @@ def resolve_convnext_arch(arch: str | dict[str, Any], overrides: dict[str, Any])
     return settings
 
 
-# --- The DINOv2 architectures that can be asked for by name (arXiv 2304.07193, 2309.16588) ---
+# --- DINOv2 (arXiv 2304.07193, 2309.16588) ---
 
 
 _SIZES = ("embed_dims", "num_layers", "num_heads")
@@ -315,8 +315,7 @@ def resolve_dinov2_arch(arch: str | dict[str, Any], overrides: dict[str, Any]) -
     return settings
 
 
-# --- The checkpoints that were released, and the architectures that can be asked for by a like
-# name
+# --- Checkpoints, and names like theirs ---
 #
 # One row a checkpoint: its files, its input statistics, its licence, its size.
 

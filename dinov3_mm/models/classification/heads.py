@@ -8,8 +8,6 @@ from mmengine.registry import MODELS
 from mmpretrain.models import ClsHead, LinearClsHead
 from torch import Tensor, nn
 
-# --- Learned queries that gather a set of tokens by cross-attention ---
-
 
 class AttentivePooling(nn.Module):
     """Pooling by cross-attention, after any number of self-attention layers.
@@ -83,9 +81,6 @@ class AttentivePooling(nn.Module):
         return query + self.ffn(self.query_norm(query))
 
 
-# --- The commonest mistake in a classification config: a head for another backbone ---
-
-
 def check_width(features: Tensor, expected: int, head: str) -> Tensor:
     """Return ``features`` (B, C, ...), or raise a ``ValueError`` if C is not ``expected``."""
     if not isinstance(features, Tensor):
@@ -99,9 +94,6 @@ def check_width(features: Tensor, expected: int, head: str) -> Tensor:
             f"{features.shape[1]}: set model.head.in_channels={features.shape[1]}"
         )
     return features
-
-
-# --- The input of DINOv3's linear classifiers: CLS tokens and the mean patch ---
 
 
 @MODELS.register_module()
@@ -147,9 +139,6 @@ class DINOv3ClsPatchNeck(BaseModule):
         return (torch.cat([part.to(dtype) for part in parts], dim=1),)
 
 
-# --- mmpretrain's linear classifier, with a check of what it is given ---
-
-
 @MODELS.register_module()
 class DINOv3LinearClsHead(LinearClsHead):
     """``LinearClsHead`` that says which width the features have if it is another than its own.
@@ -174,9 +163,6 @@ class DINOv3LinearClsHead(LinearClsHead):
             ValueError: if they are of another width.
         """
         return check_width(feats[-1], self.in_channels, type(self).__name__)
-
-
-# --- The attention probe: classification of attentively pooled patches ---
 
 
 _HEAD_DIMS = 64

@@ -12,9 +12,6 @@ from dinov3_mm.errors import hint
 
 from .bins import NORMS, bin_centers, expected_depth, regressed_depth
 
-# --- The check of what a depth head is given, before a shape error deep inside it ---
-
-
 Level = tuple[Tensor, Tensor | None]
 
 
@@ -56,9 +53,6 @@ def check_levels(
 def as_widths(in_channels: int | Sequence[int]) -> list[int]:
     """One width per layer; a number is one layer."""
     return [in_channels] if isinstance(in_channels, int) else list(in_channels)
-
-
-# --- What depth heads have in common: decoding to metres and the losses ---
 
 
 class DepthHead(BaseModule):
@@ -142,9 +136,6 @@ class DepthHead(BaseModule):
         measured = (target >= 0) if self.zero_is_valid else (target > 0)
         mask = measured & target.isfinite()
         return {loss.loss_name: loss(depth, target, mask, step=step) for loss in self.losses}
-
-
-# --- The linear probe of depth: batch norm and a 1 x 1 convolution on frozen features ---
 
 
 @MODELS.register_module()

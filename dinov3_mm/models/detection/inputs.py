@@ -11,9 +11,6 @@ from torch.nn import functional as F
 
 from dinov3_mm.models.adapters import SimpleFeaturePyramid
 
-# --- A backbone on a large image: windows of it, and the whole image made small ---
-
-
 Window = tuple[int, int, int, int]  # top, left, height, width
 
 
@@ -150,9 +147,6 @@ def _check_backbone(backbone: BaseModule) -> None:
             f"{type(backbone).__name__} with out_type={out_type!r}. For a ConvNeXt take a detector "
             "over its pyramid, see configs/detection"
         )
-
-
-# --- A pyramid over several layers of a plain ViT ---
 
 
 @MODELS.register_module()

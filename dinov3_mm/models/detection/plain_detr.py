@@ -20,9 +20,6 @@ from .criterion import PlainDETRCriterion, mean_count
 from .decoder import BoxPredictions
 from .transformer import PlainDETRTransformer
 
-# --- Category ids of COCO, by which the released detector counts its classes ---
-
-
 _UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 # The ids of the 80 classes in their order; the largest is 90.
 COCO_CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in _UNUSED)
@@ -51,9 +48,6 @@ def resolve_category_ids(ids: str | Sequence[int] | None, num_classes: int) -> l
             "for each, 0 or more; for classes of your own leave category_ids=None"
         )
     return ids
-
-
-# --- Which positions of a map are padding ---
 
 
 def padding_mask(
@@ -85,9 +79,6 @@ def padding_mask(
     return mask.to(device, non_blocking=True)
 
 
-# --- From class logits and boxes to detections; no suppression, no threshold ---
-
-
 def best_boxes(
     logits: Tensor,
     boxes: Tensor,
@@ -116,9 +107,6 @@ def best_boxes(
     if scale_factor is not None:
         corners = corners / corners.new_tensor(scale_factor).repeat(2)
     return InstanceData(bboxes=corners, scores=scores, labels=pairs % logits.shape[1])
-
-
-# --- Everything of the released detector behind the backbone, as a bbox head of mmdet ---
 
 
 _GROUPS = 32
@@ -400,9 +388,6 @@ class BoxMLP(nn.Module):
 
 def _prefixed(prefix: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in losses.items()}
-
-
-# --- The released detector as a detector of mmdet ---
 
 
 @MODELS.register_module()

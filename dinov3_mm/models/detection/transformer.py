@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .decoder import BoxPredictions, BoxRefinementDecoder, Memory, embed_boxes, refine_boxes
 from .proposals import ProposalPyramid
 
-# --- mmdet's DETR encoder as the released detector has it; attention weights are not stored ---
+# --- The encoder: mmdet's, without stored attention weights ---
 
 
 class _LeanAttention(nn.MultiheadAttention):
@@ -50,6 +50,9 @@ def build_encoder(
     for layer in encoder.layers:
         layer.self_attn.attn = _LeanAttention(embed_dims, num_heads)
     return encoder
+
+
+# --- All of it ---
 
 
 class PlainDETRTransformer(nn.Module):

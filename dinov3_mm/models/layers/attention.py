@@ -126,7 +126,7 @@ class _DenseAttention(torch.autograd.Function):
         )
 
 
-# --- Self-attention over packed sequences of different lengths ---
+# --- Self-attention ---
 
 
 ATTN_BACKENDS = ("auto", "sdpa", "xformers", "varlen")

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 from .attention import Linear, Packing, SelfAttention
 from .rope import RopeTables, SequenceShape
 
-# --- Normalisation layers with fp32 statistics and an output in the dtype of the input ---
+# --- Norms: fp32 statistics, an output in the dtype of the input ---
 
 
 class LayerNorm(nn.LayerNorm):
@@ -78,7 +78,7 @@ def build_norm(name: str, dims: int) -> nn.Module:
     return _NORMS[name](dims)
 
 
-# --- The feed-forward networks of the ViT: GELU MLP and SwiGLU ---
+# --- Feed-forward: GELU MLP and SwiGLU ---
 
 
 class Mlp(nn.Module):
@@ -159,7 +159,7 @@ def build_ffn(name: str, dims: int, ratio: float, *, bias: bool = True) -> nn.Mo
     return layer(dims, ffn_hidden_dims(name, dims, ratio), bias=bias)
 
 
-# --- Patch embedding ---
+# --- Patches and positions ---
 
 
 class PatchEmbed(nn.Module):
@@ -207,9 +207,6 @@ class PatchEmbed(nn.Module):
         nn.init.uniform_(self.proj.bias, -bound, bound)
 
 
-# --- Learned absolute position embedding of a square grid, resampled for other grids ---
-
-
 def resample_position_embedding(
     embedding: Tensor, grid: tuple[int, int], *, offset: float = 0.0, antialias: bool = False
 ) -> Tensor:
@@ -249,7 +246,7 @@ def resample_position_embedding(
     return resampled.flatten(2).transpose(1, 2)
 
 
-# --- Activation checkpointing that keeps what is expensive to compute again ---
+# --- Recomputation that keeps what is expensive ---
 
 
 MODES = (False, True, "selective")
@@ -311,7 +308,7 @@ def _policy(_context, operator, *_args, **_kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# --- The pre-norm transformer block with LayerScale and batch-subset stochastic depth ---
+# --- The block: LayerScale, stochastic depth by subsets of the batch ---
 
 
 class LayerScale(nn.Module):

@@ -12,8 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .sinkhorn import fused
 
-# --- Cross-entropy between prototype logits and soft targets, fused so that its memory stays
-# small
+# --- Cross-entropy of logits and soft targets in little memory ---
 #
 # With up to 262,144 prototypes the logits are the largest tensors of a training step. Autograd's
 # own chain (cast, divide, log-softmax, multiply, sum) keeps several float32 copies of them; this
@@ -108,7 +107,7 @@ def _row_slices(logits: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-# --- DINO loss on CLS tokens (arXiv 2508.10104 section 3.2) ---
+# --- DINO and iBOT ---
 
 
 def dino_loss(
@@ -151,9 +150,6 @@ def dino_loss(
     return soft_cross_entropy(student, targets, weight, student_temp)
 
 
-# --- iBOT masked-patch loss (arXiv 2508.10104 section 3.2; arXiv 2111.07832) ---
-
-
 def ibot_loss(
     student: Tensor,
     teacher: Tensor,
@@ -186,7 +182,7 @@ def ibot_loss(
     return soft_cross_entropy(student[None], teacher[None], row_weights[None], student_temp)
 
 
-# --- Prototype losses without the matrix of logits ---
+# --- Without the matrix of logits ---
 #
 # With K = 262,144 prototypes the logits of a batch are the largest tensors of a training step:
 # those of the student, their gradient, and the teacher's assignments. Nothing needs them whole.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# --- Colour operations of the multi-crop augmentation on batches, with parameters for each image
+# --- The operations, with parameters for each image ---
 #
 # They give what ``dinov3_mm.datasets.transforms.pixel_ops`` gives image by image with OpenCV: on
 # uint8 with its fixed-point arithmetic and roundings, on float32 in 0..255 without rounding. All
@@ -187,7 +187,7 @@ def _as(images: Tensor, values: Tensor) -> Tensor:
     return values.clamp(0, 255).to(images.dtype)
 
 
-# --- The drawn colour distortions of a batch, applied where the model is ---
+# --- What was drawn, applied ---
 
 
 JITTER = ("brightness", "contrast", "saturation", "hue")

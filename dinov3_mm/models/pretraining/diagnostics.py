@@ -144,9 +144,6 @@ def _of_assignments(probs: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-# --- Effective rank of a feature matrix: how many directions a representation really uses ---
-
-
 def effective_rank(features: Tensor) -> float:
     """RankMe (arXiv 2210.02885): exponential of the entropy of the normalised singular values.
 

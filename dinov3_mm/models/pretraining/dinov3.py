@@ -46,6 +46,7 @@ from .terms import (
     resolve_options,
 )
 
+# What hooks may write for a step; numbers, or tensors on the device that are not read.
 STEP_VALUES = ("teacher_temp", "dino_local_weight", "gram_weight")
 
 

@@ -24,7 +24,7 @@ from dinov3_mm.models.losses.prototypes import (
     sinkhorn_assignments,
 )
 
-# --- The trained networks: a backbone with a DINO and an iBOT head ---
+# --- A backbone with a DINO and an iBOT head ---
 
 
 HEADS = ("dino_head", "ibot_head")
@@ -159,7 +159,7 @@ def load_network(network: nn.ModuleDict, path: str | os.PathLike, *, what: str) 
     return str(report)
 
 
-# --- Projection head of the DINO and iBOT losses (arXiv 2508.10104 section 3.2) ---
+# --- The head (arXiv 2508.10104 section 3.2) ---
 
 
 @MODELS.register_module()
@@ -244,7 +244,7 @@ def _build_mlp(in_dims: int, hidden_dims: int, out_dims: int, num_layers: int) -
     return nn.Sequential(*layers, nn.Linear(hidden_dims, out_dims))
 
 
-# --- How student and teacher are compared through their prototypes: whole, or in chunks of them ---
+# --- The comparison with a teacher: whole matrices, or chunks of prototypes ---
 
 
 NUM_GLOBAL_CROPS = 2

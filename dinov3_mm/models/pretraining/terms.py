@@ -12,7 +12,7 @@ from dinov3_mm.models.losses import koleo_loss
 from .several_teachers import SeveralComparison
 from .student import NUM_GLOBAL_CROPS, ChunkedComparison, WholeComparison
 
-# --- Settings of the loss terms: defaults, unknown keys, contradictions ---
+# --- Settings ---
 
 
 COMPUTE_DTYPES = ("fp32", "bf16")
@@ -105,7 +105,7 @@ def check_compute_dtype(name: str) -> str:
     return name
 
 
-# --- The terms of the loss that compare crops and patches: DINO, iBOT and KoLeo ---
+# --- Terms of crops and patches ---
 
 
 class TeacherView(NamedTuple):

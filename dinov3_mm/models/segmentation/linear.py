@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from dinov3_mm.models.layers.batch_norm import SyncedBatchNorm2d
 
-# --- The Dice loss of the official segmentation trainer ---
-
 
 @MODELS.register_module()
 class DINOv3DiceLoss(nn.Module):
@@ -70,9 +68,6 @@ class DINOv3DiceLoss(nn.Module):
         overlap = 2 * (probability * truth * valid).sum(pixels) + self.smooth
         size = (probability**self.exponent + truth**self.exponent).sum(pixels) + self.smooth
         return self.loss_weight * torch.mean(1 - overlap / size)
-
-
-# --- The linear segmentation probe of DINOv3 ---
 
 
 @MODELS.register_module()
@@ -192,9 +187,6 @@ class DINOv3LinearSegHead(BaseDecodeHead):
             return featmap
         cls = output[1][:, :, None, None].expand_as(featmap)
         return torch.cat((featmap, cls), dim=1)
-
-
-# --- mmseg's segmentor for images of any size ---
 
 
 @MODELS.register_module()

@@ -35,9 +35,6 @@ __all__ = [
     "semantic_map",
 ]
 
-# --- Mask2Former's head on mmseg's and mmdet's own modules, described by a few numbers ---
-
-
 _NUM_LEVELS = 3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
