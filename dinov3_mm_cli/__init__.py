@@ -72,7 +72,6 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
-# The same words before and after an installation.
 EXAMPLE = f"{PROGRAM} train dinov3/continue_vits16 --data DIR --weights FILE"
 
 

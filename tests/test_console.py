@@ -115,6 +115,7 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
     [
         ("dinov3/continue_vit16", "did you mean 'dinov3/continue_vits16'"),
         ("continue_vits16", "did you mean 'dinov3/continue_vits16'"),
+        ("configs/dinov3/continue_vits61.py", "did you mean 'dinov3/continue_vits16'"),
         ("_base_/continue", "dinov3-mm configs"),
     ],
 )
@@ -125,5 +126,6 @@ def test_no_config_of_that_name(given, meant, tmp_path, monkeypatch):
 
 
 def test_a_missing_file_is_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        read_config(tmp_path / "mine.py")
+    for given in (tmp_path / "mine.py", "mine.py", "own/mine.py"):
+        with pytest.raises(FileNotFoundError):
+            read_config(given)

@@ -65,14 +65,14 @@ def plan(argv: Sequence[str] | None = None) -> None:
     apply_options(cfg, parse_options(args.cfg_options))
     console = make_console()
     for gpus in args.gpus:
-        plan = make_plan(
+        predicted = make_plan(
             cfg,
             gpus,
             num_images=args.num_images,
             memory_gib=args.gpu_memory,
             gpus_per_node=args.gpus_per_node,
         )
-        print_plan(plan, args.gpu_memory, args.gpus_per_node, console)
+        print_plan(predicted, args.gpu_memory, args.gpus_per_node, console)
 
 
 def statistics(argv: Sequence[str] | None = None) -> None:

@@ -95,6 +95,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def test_command(argv: Sequence[str] | None = None) -> None:
+    """Score a model."""
     args = parse_args(argv)
     start_processes(args.launcher)
     test(build_tester(load_config(args), args.checkpoint, weights=args.weights))
@@ -102,6 +103,7 @@ def test_command(argv: Sequence[str] | None = None) -> None:
 
 
 def sweep_command(argv: Sequence[str] | None = None) -> None:
+    """Train a head for every combination of values, and print a table."""
     parser = ToolParser(description="Train a head for every combination of values.")
     parser.add_argument("config", help="config of a head on a frozen backbone")
     parser.add_argument(

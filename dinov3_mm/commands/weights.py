@@ -92,7 +92,9 @@ def convert(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("src", help="file, folder, URL or hub name of any known format")
     parser.add_argument("dst", help="file (official, mm) or folder (hf, timm) to write")
     parser.add_argument("--to", required=True, choices=TARGETS)
-    parser.add_argument("--name", help="row of list_backbones.py, where the weights do not show it")
+    parser.add_argument(
+        "--name", help="row of the table of backbones, where the weights do not show it"
+    )
     parser.add_argument(
         "--periods",
         choices=("file", "exact"),

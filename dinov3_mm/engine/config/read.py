@@ -58,10 +58,11 @@ def find_config(given: str | os.PathLike) -> str:
     names = config_names()
     if name in names:
         return str((SHIPPED / "configs" / f"{name}.py").resolve())
-    if path.suffix:
-        return str(given)
     named = [each for each in names if each.endswith(f"/{path.name}")]
-    meant = named[0] if named else nearest(name, names)
+    meant = named[0] if named else nearest(name, names, cutoff=0.75)
+    # A path is refused by who opens it, unless it can only be a misspelt name.
+    if path.suffix and (meant is None or path.is_absolute() or path.parent.is_dir()):
+        return str(given)
     raise ConfigError(
         f"there is no config file {str(given)!r}, nor a config of that name in the package; "
         + (f"did you mean {meant!r}?" if meant else "dinov3-mm configs lists them")
