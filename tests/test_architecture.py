@@ -24,6 +24,8 @@ ORDER = (
     "visualization",
     "engine",
     "apis",
+    "commands",
+    "__main__",
 )
 # Rooms that are read and tested with torch alone.
 PURE = ("models.layers", "models.losses")

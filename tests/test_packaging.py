@@ -1,5 +1,6 @@
 """Configs travel with the package, and MMEngine and mim find them by its index."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -59,13 +60,22 @@ def test_metafile_of_the_released_backbones():
 
 
 @pytest.mark.slow
-def test_wheel_holds_configs_and_tools(tmp_path):
+def test_wheel_holds_configs_and_tools_and_its_command_works(tmp_path):
     require_hosts()  # its environment has setuptools
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = tmp_path / "source"
     # A copy: building writes into the tree.
     tracked = subprocess.run(
-        ["git", "ls-files", "dinov3_mm", "configs", "tools", "model-index.yml", "pyproject.toml"]
+        [
+            "git",
+            "ls-files",
+            "dinov3_mm",
+            "dinov3_mm_cli",
+            "configs",
+            "tools",
+            "model-index.yml",
+            "pyproject.toml",
+        ]
         + ["README.md", "LICENSE"],
         cwd=ROOT,
         capture_output=True,
@@ -88,3 +98,35 @@ def test_wheel_holds_configs_and_tools(tmp_path):
     configs = {name for name in tracked if name.startswith("configs/") and name.endswith(".py")}
     assert configs and {f"dinov3_mm/.mim/{name}" for name in configs} <= held
     assert {"dinov3_mm/.mim/model-index.yml", "dinov3_mm/.mim/tools/train.py"} <= held
+    use_the_command(wheel, tmp_path)
+
+
+def use_the_command(wheel: Path, tmp_path: Path) -> None:
+    """Install a wheel aside, and give its command outside of any checkout."""
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""}
+
+    def give(*words: str, **variables: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [str(site / "bin/dinov3-mm"), *words],
+            cwd=elsewhere,
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+        )
+
+    assert "dist_train" in give("--help").stdout
+    assert "dinov3/continue_vits16" in give("configs").stdout.splitlines()
+    tried = give("train", "quickstart/scenes_pretrain", "--dry-run")
+    assert tried.returncode == 0, tried.stderr
+    assert "schedules" in tried.stdout
+    refused = give("train", "quickstart/scenes_pretrian", "--dry-run")
+    assert refused.returncode == 1
+    assert "did you mean 'quickstart/scenes_pretrain'" in refused.stderr
+    job = ("slurm_train", "gpu", "job", "dinov3/continue_vits16", "work")
+    script = give(*job, DRY_RUN="1").stdout
+    assert f"{site.resolve()}/dinov3_mm/.mim/tools/train.py" in script
+    assert f"{site.resolve()}/dinov3_mm/.mim/configs/dinov3/continue_vits16.py" in script

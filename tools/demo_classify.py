@@ -1,8 +1,7 @@
 """Predict: ``python tools/demo_classify.py CONFIG INPUTS... --checkpoint FILE``; see --help."""
 
-import dinov3_mm  # noqa: F401  (registers what configs name)
-from dinov3_mm.apis.prediction.jobs import run_demo
 from dinov3_mm.command_line import run_tool
+from dinov3_mm.commands.demo import run_demo
 
 if __name__ == "__main__":
     run_tool(lambda: run_demo("classification"))

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +10,11 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import dinov3_mm
 from dinov3_mm.engine.config.host import HEAD, initializers, leave_random, set_host_weights
+from dinov3_mm.engine.config.read import SHIPPED
 from dinov3_mm.errors import hint
 
-CONFIGS = Path(dinov3_mm.__file__).parent / ".mim" / "configs"
+CONFIGS = SHIPPED / "configs"
 
 
 class HeadModel(nn.Module):

@@ -10,6 +10,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
 from dinov3_mm.checkpoints import export_backbone
+from dinov3_mm.commands.heads import load_config, parse_args
 from dinov3_mm.datasets.class_names import ClassNameError
 from dinov3_mm.engine import ConfigError, build_runner
 from dinov3_mm.engine import downstream as testing
@@ -19,7 +20,6 @@ from tests.acceptance import class_names
 from tests.acceptance.image_kinds import encoded, exif
 from tests.checkpoints.toys import quickstart_backbone, toy_backbone
 from tests.hosts.lane import require_hosts
-from tools.test import load_config, parse_args
 
 require_hosts()
 import dinov3_mm.datasets.segmentation  # noqa: E402, F401

@@ -11,9 +11,9 @@ import pytest
 
 from dinov3_mm.apis import load_features
 from dinov3_mm.checkpoints import export_backbone
+from dinov3_mm.commands.extract import build_source, image_size, main
 from tests.apis.toys import STATISTICS, write_pictures
 from tests.checkpoints.toys import toy_backbone
-from tools.extract_features import build_source, image_size, main
 
 ROOT = Path(__file__).parents[2]
 # Runs the script that is its first argument.

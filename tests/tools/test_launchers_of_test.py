@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.test import parse_args
+from dinov3_mm.commands.heads import parse_args
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = "configs/quickstart/scenes_pretrain.py"

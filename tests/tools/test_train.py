@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dinov3_mm.commands.train import load_config, parse_args
 from dinov3_mm.engine.training_state import write_training_state
-from tools.train import load_config, parse_args
 
 
 @pytest.mark.parametrize("runner_type", ["FlexibleRunner", "Runner"])

@@ -11,7 +11,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config.utils import ConfigParsingError
 
 from dinov3_mm.checkpoints.locate import Statistics, find_statistics, located
-from dinov3_mm.errors import ConfigError, hint
+from dinov3_mm.errors import ConfigError, hint, nearest
 from dinov3_mm.models.pretraining.distillation import RANDOM
 
 from .auto import RECORD
@@ -26,12 +26,51 @@ _OF_PYTHON = (
     *(ArithmeticError, AttributeError, LookupError, NameError, SyntaxError, TypeError),
     ConfigParsingError,
 )
-# What running a config can raise.
-_OF_PYTHON = (ArithmeticError, AttributeError, LookupError, NameError, SyntaxError, TypeError)
+# Configs, tools and the index that come along, where MMEngine and mim look for those of a package.
+SHIPPED = Path(__file__).resolve().parents[2] / ".mim"
+
+
+def config_names() -> list[str]:
+    """Names of the configs that come along, such as ``dinov3/continue_vits16``."""
+    folder = SHIPPED / "configs"
+    paths = (path.relative_to(folder) for path in folder.glob("*/**/*.py"))
+    names = (path.with_suffix("").as_posix() for path in paths if path.parts[0] != "_base_")
+    return sorted(names)
+
+
+def find_config(given: str | os.PathLike) -> str:
+    """Path of a config file, of one of the package by its name.
+
+    Args:
+        given: a file; or a name of :func:`config_names`, also with ``.py``, and with ``configs/``
+            or ``dinov3_mm::`` before it. A file of that name goes first.
+
+    Returns:
+        The path of the file; what was given, where it is a path to which there is no file.
+
+    Raises:
+        ConfigError: a name that no config has; the message says the nearest.
+    """
+    path = Path(given)
+    if path.exists():
+        return str(given)
+    name = str(given).removeprefix("dinov3_mm::").removeprefix("configs/").removesuffix(".py")
+    names = config_names()
+    if name in names:
+        return str((SHIPPED / "configs" / f"{name}.py").resolve())
+    named = [each for each in names if each.endswith(f"/{path.name}")]
+    meant = named[0] if named else nearest(name, names, cutoff=0.75)
+    # A path is refused by who opens it, unless it can only be a misspelt name.
+    if path.suffix and (meant is None or path.is_absolute() or path.parent.is_dir()):
+        return str(given)
+    raise ConfigError(
+        f"there is no config file {str(given)!r}, nor a config of that name in the package; "
+        + (f"did you mean {meant!r}?" if meant else "dinov3-mm configs lists them")
+    )
 
 
 def read_config(path: str | os.PathLike) -> Config:
-    """Read a config file.
+    """Read a config: a file, or one of this package by its name; see :func:`find_config`.
 
     MMEngine marks what comes from ``_base_ = 'dinov3_mm::...'`` with the scope 'dinov3_mm', where
     it would then look for the modules of mmpretrain, mmseg or mmdet too. The mark is removed: names
@@ -39,11 +78,12 @@ def read_config(path: str | os.PathLike) -> Config:
 
     Raises:
         ConfigError: the config imports a package whose host is not installed; the message is that
-            of the package, which MMEngine would hide. Or it is no valid Python.
+            of the package, which MMEngine would hide. Or it is no valid Python, or a name that no
+            config has.
         FileNotFoundError: there is no such file.
     """
     try:
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(find_config(path))
     except ImportError as error:
         raise ConfigError(f"{_first(error)}") from error
     except _OF_PYTHON as error:

@@ -13,7 +13,7 @@ from dinov3_mm.engine.config.auto import (
     held_out_every,
     resolve_auto,
 )
-from dinov3_mm.engine.config.read import settle_data
+from dinov3_mm.engine.config.read import find_config, settle_data
 from dinov3_mm.errors import ConfigError, nearest
 
 SINGLE = "PretrainStrategy"
@@ -24,12 +24,12 @@ STRATEGIES = (SINGLE, DDP, FSDP2, MULTI)
 
 
 def check_file(path: str) -> None:
-    """Refuse a config file that is not there.
+    """Refuse a config that is not there.
 
     Raises:
-        ConfigError: with the nearest name in its folder.
+        ConfigError: with the nearest name in its folder, or of the package.
     """
-    given = Path(path)
+    given = Path(find_config(path))
     if given.is_file():
         return
     if given.is_dir():
